@@ -1,0 +1,42 @@
+"""Data sets: synthetic cohorts, manifests of public data, datalists."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from medconstraints.data.box_files import BoxFileError, read_boxes, write_boxes
+
+if TYPE_CHECKING:
+    from medconstraints.data.datalists import make_datalist
+    from medconstraints.data.inference_files import check_output_dir, volumes_for_inference
+    from medconstraints.data.manifests import check_dataset, load_manifest
+    from medconstraints.data.phantoms import make_cohort, make_phantom
+
+__all__ = [
+    "BoxFileError",
+    "check_dataset",
+    "check_output_dir",
+    "load_manifest",
+    "make_cohort",
+    "make_datalist",
+    "make_phantom",
+    "read_boxes",
+    "volumes_for_inference",
+    "write_boxes",
+]
+
+_MODULES = {
+    "check_dataset": "manifests",
+    "check_output_dir": "inference_files",
+    "load_manifest": "manifests",
+    "make_cohort": "phantoms",
+    "make_datalist": "datalists",
+    "make_phantom": "phantoms",
+    "volumes_for_inference": "inference_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above: `python -m medconstraints.data.phantoms` would warn that the module is there already.
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,162 @@
+"""Runs that can be killed: the best weights, and a last state from which training goes on exactly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
+from torch import nn
+
+__all__ = ["EpochSeedHandler", "ResumeHandler", "SamplerEpochHandler", "SaveBestHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+def _save(state: Any, path: Path) -> None:
+    """Write beside and rename: a run killed while it writes leaves the former file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+class EpochSeedHandler:
+    """Seeds torch, numpy and the random transforms from the epoch's number at its start.
+
+    A run that resumes at epoch k then draws what the uninterrupted run drew there. Epochs differ from each other.
+
+    Args:
+        seed: seed of the run.
+        dataset: training data set whose transforms are seeded, or None.
+        rank: number of this process in distributed training; each process augments differently.
+    """
+
+    def __init__(self, seed: int, dataset: Any = None, *, rank: int = 0) -> None:
+        self.seed = int(seed)
+        self.dataset = dataset
+        self.rank = int(rank)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed."""
+        seed = (self.seed + 1_000_003 * engine.state.epoch + 7919 * self.rank) % 2**31
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - transforms of other packages draw from the global generator
+        random.seed(seed)
+        if self.dataset is not None:
+            set_rnd(self.dataset, seed=seed)
+
+
+class SamplerEpochHandler:
+    """Tells a distributed sampler the epoch, which shuffles by it.
+
+    Args:
+        sampler: anything with `set_epoch`, such as MONAI's `DistributedSampler`.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the epoch."""
+        self.sampler.set_epoch(engine.state.epoch)
+
+
+class SaveBestHandler:
+    """Saves the network's weights whenever the evaluator's key metric is better than ever before.
+
+    MONAI's `CheckpointSaver` does so too, but forgets the best value when training resumes; this one reads
+    `evaluator.state.best_metric`, which `ResumeHandler` restores. The file is a plain state dictionary.
+
+    Args:
+        network: the network.
+        path: file to write, such as `models/model.pt`.
+    """
+
+    def __init__(self, network: nn.Module, path: str | Path) -> None:
+        self.network = network
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator that has a key metric."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save if this validation was the best one."""
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            module = self.network.module if hasattr(self.network, "module") else self.network
+            _save(module.state_dict(), self.path)
+            logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
+
+
+class ResumeHandler:
+    """Saves everything a run needs after each epoch, and goes on from there when the file exists at the start.
+
+    Put it last among the trainer's handlers, so that it saves what the others changed.
+
+    Args:
+        path: the file, such as `output/last.pt`.
+        objects: name -> object with `state_dict` and `load_state_dict`: network, optimizer, scheduler, loss.
+        evaluator: its best metric is kept too, or None.
+        save: False for all but the first process of distributed training: they load but do not write.
+    """
+
+    def __init__(
+        self, path: str | Path, objects: Mapping[str, Any], *, evaluator: Engine | None = None, save: bool = True
+    ) -> None:
+        self.path = Path(path)
+        self.objects = dict(objects)
+        self.evaluator = evaluator
+        self.save = save
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._load)
+        if self.save:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        state: dict[str, Any] = {name: obj.state_dict() for name, obj in self.objects.items()}
+        state["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        if self.evaluator is not None:
+            best = self.evaluator.state
+            state["evaluator"] = {"best_metric": float(best.best_metric), "best_metric_epoch": best.best_metric_epoch}
+        _save(state, self.path)
+
+    def _load(self, engine: Engine) -> None:
+        if not self.path.exists():
+            return
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.path.name}: the last state of this run cannot be read ({error}); move it away to start again."
+            ) from error
+        missing = sorted(set(self.objects) - set(state))
+        if missing:
+            raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
+        for name, obj in self.objects.items():
+            obj.load_state_dict(state[name])
+        engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
+        if self.evaluator is not None and "evaluator" in state:
+            self.evaluator.state.best_metric = state["evaluator"]["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["evaluator"]["best_metric_epoch"]
+        logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path.name)
+        if engine.state.max_epochs is not None and engine.state.epoch >= engine.state.max_epochs:
+            logger.info("all %d epochs are done already; raise the number of epochs to go on", engine.state.max_epochs)
+            engine.terminate()

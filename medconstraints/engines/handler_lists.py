@@ -1,0 +1,88 @@
+"""The handlers that every bundle would otherwise list: seeding, schedules, logs, validation, saving, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ignite.engine import Engine
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.handlers import (
+    LrScheduleHandler,
+    StatsHandler,
+    TensorBoardStatsHandler,
+    ValidationHandler,
+    from_engine,
+)
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler
+from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationHandler
+from medconstraints.engines.prepare_batch import RestoreLabelHandler
+
+__all__ = ["training_handlers", "validation_handlers"]
+
+
+def training_handlers(
+    *,
+    loss: nn.Module,
+    evaluator: Engine,
+    objects: Mapping[str, Any],
+    output_dir: str,
+    seed: int,
+    dataset: Any,
+    lr_scheduler: LRScheduler | None = None,
+    formulation: Any = None,
+    val_interval: int = 1,
+    rank: int = 0,
+) -> list[Any]:
+    """Handlers of a trainer, in an order in which they work together.
+
+    Args:
+        loss: its terms are logged when it has any.
+        evaluator: run after every `val_interval` epochs.
+        objects: name -> object with a state that a resumed run needs: network, optimizer, scheduler, loss.
+        output_dir: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
+        seed: see `EpochSeedHandler`.
+        dataset: training data set.
+        lr_scheduler: stepped after each epoch.
+        formulation: stepped after each epoch, when it has a `step`.
+        val_interval: epochs between validations.
+        rank: number of the process in distributed training; only process 0 logs and saves.
+    """
+    handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
+    if lr_scheduler is not None:
+        handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
+    if hasattr(loss, "terms"):
+        handlers.append(LossTermsHandler(loss, formulation))  # type: ignore[arg-type]
+    if hasattr(formulation, "step"):
+        handlers.append(StepFormulationHandler(formulation))
+    handlers.append(ValidationHandler(val_interval, evaluator))
+    if rank == 0:
+        first_loss = from_engine(["loss"], first=True)
+        handlers += [
+            StatsHandler(name="train_loss", tag_name="train_loss", output_transform=first_loss, iteration_log=False),
+            TensorBoardStatsHandler(
+                log_dir=f"{output_dir}/tensorboard", tag_name="train_loss", output_transform=first_loss
+            ),
+            ProgressBar(desc="training"),
+        ]
+    return [*handlers, ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0)]
+
+
+def validation_handlers(*, network: nn.Module, output_dir: str, rank: int = 0) -> list[Any]:
+    """Handlers of the evaluator in training: logs, and the best weights as `output_dir/model.pt`.
+
+    Args:
+        network: the network that is trained.
+        output_dir: folder of the run.
+        rank: number of the process in distributed training; only process 0 logs and saves.
+    """
+    if rank:
+        return []
+    return [
+        StatsHandler(name="train_loss", iteration_log=False),
+        TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", iteration_log=False),
+        SaveBestHandler(network, f"{output_dir}/model.pt"),
+    ]

@@ -1,0 +1,120 @@
+"""Inference over many volumes, where one bad file does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.data import Dataset, list_data_collate
+from monai.engines import SupervisedEvaluator
+
+__all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
+
+logger = logging.getLogger(__name__)
+
+_FAILURE = "failure"
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the innermost cause: MONAI wraps it in 'applying transform ...'."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class TolerantDataset(Dataset):
+    """Data set whose item is `{"failure": reason, "file": name}` when its transform fails, instead of an exception.
+
+    Args:
+        data: items, dictionaries with a file path under `image_key`.
+        transform: transform of an item.
+        image_key: key of the file path.
+    """
+
+    def __init__(self, data: Sequence[Any], transform: Any = None, *, image_key: str = "image") -> None:
+        super().__init__(data, transform)
+        self.image_key = image_key
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        """Transformed item, or the failure."""
+        try:
+            return super().__getitem__(index)
+        except Exception as error:
+            return {_FAILURE: _reason(error), "file": str(self.data[index][self.image_key])}
+
+
+def collate_or_failure(batch: Sequence[Any]) -> Any:
+    """MONAI's `list_data_collate`, or the failure itself; for batches of one item.
+
+    Raises:
+        ValueError: a failure in a batch of several items.
+    """
+    if any(_FAILURE in item for item in batch):
+        if len(batch) > 1:
+            raise ValueError(f"batch_size: expected 1 for inference that survives bad files, got {len(batch)}.")
+        return dict(batch[0])
+    return list_data_collate(batch)
+
+
+class TolerantEvaluator(SupervisedEvaluator):
+    """MONAI's `SupervisedEvaluator` that goes on after a failing volume and reports all failures at the end.
+
+    Use it with a loader of batch size 1 over a `TolerantDataset` and `collate_or_failure`: a volume that cannot be
+    read, and one whose inference or saving fails, is written down with its reason. At the end a list is logged, and
+    written as `report_path` when that is given.
+
+    Args:
+        report_path: JSON file for the names of the files done and of those that failed with reasons, or None.
+        kwargs: the arguments of `SupervisedEvaluator`.
+
+    Raises:
+        RuntimeError: at the end of a run in which every volume failed.
+    """
+
+    def __init__(self, *, report_path: str | Path | None = None, **kwargs: Any) -> None:
+        self.report_path = None if report_path is None else Path(report_path)
+        self.failures: list[dict[str, str]] = []
+        self.done: list[str] = []
+        super().__init__(**kwargs)
+        self.add_event_handler(Events.STARTED, self._start)
+        self.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _start(self, engine: Engine) -> None:
+        self.failures, self.done = [], []
+
+    def _iteration(self, engine: Any, batchdata: Any) -> Any:
+        if _FAILURE in batchdata:
+            self._fail(batchdata["file"], batchdata[_FAILURE])
+            return {}
+        name = "volume"
+        try:
+            meta = getattr(batchdata["image"], "meta", {})
+            name = str(meta.get("filename_or_obj", name) if not isinstance(meta, list) else name)
+            name = name[2:-2] if name.startswith("['") else name
+            output = super()._iteration(engine, batchdata)
+        except Exception as error:
+            engine.state.output = {}
+            self._fail(name, _reason(error))
+            return {}
+        self.done.append(Path(name).name)
+        return output
+
+    def _fail(self, file: str, reason: str) -> None:
+        self.failures.append({"file": Path(file).name, "reason": reason})
+        logger.error("%s failed: %s", Path(file).name, reason)
+
+    def _finish(self, engine: Engine) -> None:
+        if self.report_path is not None:
+            self.report_path.parent.mkdir(parents=True, exist_ok=True)
+            self.report_path.write_text(json.dumps({"done": self.done, "failed": self.failures}, indent=2) + "\n")
+        total = len(self.done) + len(self.failures)
+        lines = [f"  {f['file']}: {f['reason']}" for f in self.failures]
+        logger.log(
+            logging.ERROR if lines else logging.INFO, "\n".join([f"{len(self.done)} of {total} volumes done", *lines])
+        )
+        if total and not self.done:
+            raise RuntimeError("every volume failed:\n" + "\n".join(lines))

@@ -1,0 +1,6 @@
+"""Formulations turn a constraint residual (`<= 0` when satisfied) into a cost, elementwise."""
+
+from medconstraints.formulations.log_barrier import LogBarrierExtension
+from medconstraints.formulations.penalty import QuadraticPenalty
+
+__all__ = ["LogBarrierExtension", "QuadraticPenalty"]

@@ -1,0 +1,76 @@
+"""Log-barrier extension of a constraint: defined everywhere, a barrier in the feasible region."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LogBarrierExtension"]
+
+# float32 ends at 3.4e38; beyond this the slope of a violated constraint is not usable in float32 any more.
+_LARGEST_T = 1e30
+
+
+class LogBarrierExtension(nn.Module):
+    """Log-barrier extension psi_t (Kervadec 2020, eq. 3.3 and 6.5).
+
+    psi_t(z) = -log(-z) / t                   for z <= -1 / t^2,
+    psi_t(z) = t z - log(1 / t^2) / t + 1 / t  otherwise.
+
+    The function and its first derivative are continuous. A satisfied constraint is still pushed away from its bound, by
+    1 / (t |z|); a violated one with the slope t. `t` is a buffer, so a checkpoint resumes the schedule exactly.
+
+    Args:
+        t: sharpness at the start, > 0. Larger is closer to a hard constraint.
+        factor: `step()` multiplies `t` by it, >= 1. The papers call it after each epoch with 1.1.
+        max_t: upper limit of `t`; None lets it grow (to 1e30, where float32 ends being useful).
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> barrier = LogBarrierExtension(t=5.0)
+        >>> [round(v, 4) for v in barrier(torch.tensor([-1.0, 0.0, 1.0])).tolist()]
+        [-0.0, 0.8438, 5.8438]
+    """
+
+    t: Tensor
+
+    def __init__(self, t: float = 5.0, factor: float = 1.1, max_t: float | None = None) -> None:
+        super().__init__()
+        if not (math.isfinite(t) and 0 < t <= _LARGEST_T):
+            raise ValueError(f"t: expected a number in (0, {_LARGEST_T:g}], got {t}; the papers start at 5.")
+        if not (math.isfinite(factor) and factor >= 1):
+            raise ValueError(f"factor: expected a number >= 1, got {factor}; 1 keeps t constant, the papers use 1.1.")
+        if max_t is not None and not max_t >= t:
+            raise ValueError(f"max_t: expected None or a number >= t = {t}, got {max_t}; raise it or lower t.")
+        self.factor = factor
+        self.max_t = _LARGEST_T if max_t is None else min(max_t, _LARGEST_T)
+        self.register_buffer("t", torch.tensor(float(t)))
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Cost of each residual, same shape, computed in at least float32."""
+        if residual.dtype in (torch.float16, torch.bfloat16):
+            residual = residual.float()
+        t = self.t.to(dtype=residual.dtype)
+        threshold = -1 / t.square()
+        # Both branches of `where` are differentiated: the argument of the logarithm must be negative in either.
+        barrier = -torch.log(-residual.clamp(max=threshold)) / t
+        line = t * residual + (2 * torch.log(t) + 1) / t
+        return torch.where(residual <= threshold, barrier, line)
+
+    def dual(self, residual: Tensor) -> Tensor:
+        """Implicit dual variable psi_t'(z) of each constraint (eq. 3.10), same shape, no gradient."""
+        with torch.no_grad():
+            t = self.t.to(dtype=residual.dtype)
+            return torch.where(residual <= -1 / t.square(), -1 / (t * residual.clamp(max=-1 / t.square())), t)
+
+    def step(self) -> None:
+        """Raise the barrier: `t <- min(t * factor, max_t)`; call it once after each epoch."""
+        self.t.mul_(self.factor).clamp_(max=self.max_t)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return f"t={float(self.t):g}, factor={self.factor:g}, max_t={self.max_t:g}"

@@ -1,0 +1,25 @@
+"""Quadratic penalty of a violated constraint."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["QuadraticPenalty"]
+
+
+class QuadraticPenalty(nn.Module):
+    """Cost `max(residual, 0)^2`: nothing while satisfied, quadratic in the violation (Kervadec 2020, eq. 2.3).
+
+    Input and output have one shape; the output's unit is the square of the residual's. The gradient is continuous.
+
+    Example:
+        >>> QuadraticPenalty()(torch.tensor([-1.0, 0.0, 2.0])).tolist()
+        [0.0, 0.0, 4.0]
+    """
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Cost of each residual; see the class."""
+        return residual.clamp(min=0).square()
+
+    def step(self) -> None:
+        """No schedule: present so that every formulation can be stepped after an epoch."""

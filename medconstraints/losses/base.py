@@ -1,0 +1,51 @@
+"""What every loss shares: turning a network's output into probabilities, and the checks of that step."""
+
+from __future__ import annotations
+
+import torch
+from monai.utils import LossReduction
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+__all__ = ["ProbabilityLoss", "plain"]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata, so that losses return plain tensors."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+class ProbabilityLoss(_Loss):
+    """Base of losses on class probabilities; MONAI's argument names.
+
+    Args:
+        sigmoid: apply a sigmoid to the input.
+        softmax: apply a softmax over the channels of the input.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        ValueError: both activations are asked for, or an unknown reduction.
+    """
+
+    def __init__(self, *, sigmoid: bool = False, softmax: bool = False, reduction: str = "mean") -> None:
+        super().__init__(reduction=LossReduction(reduction).value)
+        if sigmoid and softmax:
+            raise ValueError("sigmoid, softmax: expected at most one of them to be True, got both; choose one.")
+        self.sigmoid = sigmoid
+        self.softmax = softmax
+
+    def probabilities(self, input: Tensor) -> Tensor:
+        """Activated input, at least float32: half precision overflows in sums over volumes."""
+        input = plain(input)
+        if not input.is_floating_point() or input.dim() < 4:
+            raise ValueError(
+                f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
+                f"{tuple(input.shape)}; add the batch and channel axes."
+            )
+        if self.softmax and input.shape[1] == 1:
+            raise ValueError("input: softmax of a single channel is always 1; use sigmoid=True or two channels.")
+        if input.dtype in (torch.float16, torch.bfloat16):
+            input = input.float()
+        if self.softmax:
+            return torch.softmax(input, dim=1)
+        return torch.sigmoid(input) if self.sigmoid else input

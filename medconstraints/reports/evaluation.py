@@ -1,0 +1,295 @@
+"""Score saved masks against their references: Dice, HD95 in millimetres and volumes, in the references' own geometry.
+
+`python -m medconstraints.reports.evaluation --datalist D --section test --predictions DIR
+--structures '{"organ": [1]}' --output results.json`
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from medconstraints.reports.datalist import find_predictions, read_section
+from medconstraints.reports.volumes import Volume, read_labels, require_same_grid
+from medconstraints.version import __version__
+
+__all__ = ["dice", "evaluate_predictions", "format_summary", "hd95_mm", "write_results"]
+
+logger = logging.getLogger(__name__)
+
+_RESERVED = ("name", "image", "reason")
+# A path from the root, at the start of an argument or after a character that can precede one.
+_ABSOLUTE_PATH = re.compile(r"""(?<![^\s='"(\[,])(?:[A-Za-z]:[\\/]|/)[^\s='"()\[\],]*""")
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Dice overlap `2 |P n R| / (|P| + |R|)` of two boolean masks; 1 when both are empty, 0 when one is.
+
+    Example:
+        >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+        0.6666666666666666
+    """
+    total = int(prediction.sum()) + int(reference.sum())
+    return 2.0 * int((prediction & reference).sum()) / total if total else 1.0
+
+
+def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]) -> float | None:
+    """95th percentile Hausdorff distance in mm: the larger of the two directed 95th percentiles.
+
+    Directed distances go from every surface voxel of one mask to the nearest surface voxel of the other; each direction
+    gives its own percentile (linear interpolation) and the larger one counts (MONAI's `compute_hausdorff_distance`;
+    some tools pool both directions and report less). A surface voxel has a face neighbour outside the mask, and what
+    lies beyond the volume is outside. Axes of one voxel are dropped first: along them every voxel would be surface.
+
+    Args:
+        prediction: boolean mask of 2 or 3 axes.
+        reference: boolean mask of the same shape.
+        spacing_mm: voxel edge along each axis.
+
+    Returns:
+        The distance, or None when a mask is empty and there is none.
+    """
+    import torch
+    from monai.metrics import compute_hausdorff_distance
+
+    if not prediction.any() or not reference.any():
+        return None
+    axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
+    if len(axes) >= 2:
+        shape = [reference.shape[axis] for axis in axes]
+        prediction, reference = prediction.reshape(shape), reference.reshape(shape)
+        spacing_mm = [spacing_mm[axis] for axis in axes]
+    with warnings.catch_warnings():
+        # MONAI 1.6 warns that MONAI itself passes this argument; the user can do nothing about it
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+        distance = compute_hausdorff_distance(
+            torch.from_numpy(prediction)[None, None],
+            torch.from_numpy(reference)[None, None],
+            include_background=True,
+            percentile=95,
+            spacing=[float(edge) for edge in spacing_mm],
+        )
+    return float(distance)
+
+
+def _check_structures(structures: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    if not isinstance(structures, Mapping) or not structures:
+        raise ValueError(f'structures: expected names and label values such as {{"organ": [1]}}, got {structures!r}.')
+    for name, values in structures.items():
+        if not isinstance(name, str) or not name or name in _RESERVED:
+            raise ValueError(f"structures: {name!r} cannot name a structure; use text other than {_RESERVED}.")
+        if not isinstance(values, (list, tuple)) or not values or any(type(value) is not int for value in values):
+            raise ValueError(f"structures: {name!r} has {values!r}; expected a list of label values such as [1, 2].")
+    return {name: list(values) for name, values in structures.items()}
+
+
+def _score(prediction: Volume, reference: Volume, values: Sequence[int]) -> dict[str, float | None]:
+    predicted, expected = np.isin(prediction.data, values), np.isin(reference.data, values)
+    return {
+        "dice": dice(predicted, expected),
+        "hd95_mm": hd95_mm(predicted, expected, reference.spacing_mm.tolist()),
+        "volume_ml_prediction": int(predicted.sum()) * reference.voxel_ml,
+        "volume_ml_reference": int(expected.sum()) * reference.voxel_ml,
+    }
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def _summarise(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    dice_mean, dice_sd = _mean_sd([score["dice"] for score in scores if score["dice"] is not None])
+    distances = [score["hd95_mm"] for score in scores if score["hd95_mm"] is not None]
+    hd95_mean, hd95_sd = _mean_sd(distances)
+    return {
+        "dice_mean": dice_mean,
+        "dice_sd": dice_sd,
+        "hd95_mm_mean": hd95_mean,
+        "hd95_mm_sd": hd95_sd,
+        "hd95_undefined": len(scores) - len(distances),
+        "n": len(scores),
+    }
+
+
+def _without_absolute_paths(argument: str) -> str:
+    # Results are committed and shared; a home folder in them tells a name and helps nobody to run them again.
+    def shorten(text: str) -> str:
+        path = Path(text)
+        if path.is_relative_to(Path.cwd()):
+            return path.relative_to(Path.cwd()).as_posix()
+        return PureWindowsPath(text).name if text[1:2] == ":" else path.name
+
+    if os.path.isabs(argument):
+        return shorten(argument)
+    return _ABSOLUTE_PATH.sub(lambda match: shorten(match.group()), argument)
+
+
+def _provenance(command: Sequence[str], seconds: float) -> dict[str, Any]:
+    return {
+        "command": [_without_absolute_paths(argument) for argument in command],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "versions": {"torch": version("torch"), "monai": version("monai"), "medconstraints": __version__},
+    }
+
+
+def evaluate_predictions(
+    datalist: str | os.PathLike[str],
+    section: str,
+    predictions_dir: str | os.PathLike[str],
+    *,
+    structures: Mapping[str, Sequence[int]],
+    base_dir: str | os.PathLike[str] | None = None,
+    suffix: str = "_seg",
+) -> dict[str, Any]:
+    """Score the saved prediction of every volume in one section of a data list.
+
+    The prediction of image `a/b/case_001.nii.gz` is `case_001{suffix}.nii.gz` anywhere below `predictions_dir`. It must
+    lie on its reference's grid; nothing is resampled. Both masks empty: Dice 1; one empty: Dice 0; in either case HD95
+    does not exist: None in the case, counted in `hd95_undefined`, left out of the mean. HD95 is the larger of the two
+    directed 95th percentiles, in mm, see `hd95_mm`.
+
+    Args:
+        datalist: JSON file of the Medical Segmentation Decathlon's style.
+        section: the key whose `{"image", "label"}` entries are scored.
+        predictions_dir: folder with the saved masks.
+        structures: name -> label values that are united, e.g. `{"hippocampus": [1, 2]}`.
+        base_dir: folder that the list's paths start from; default the list's own.
+        suffix: what was appended to the image's name.
+
+    Returns:
+        A dict that JSON can hold. `cases`: for each volume `name`, `image`, and for each structure `dice`, `hd95_mm`,
+        `volume_ml_prediction`, `volume_ml_reference`; a volume without prediction has a `reason` instead. `summary`:
+        for each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
+        scored; sd is the sample standard deviation (ddof = 1), None below two values. `missing`: names of the volumes
+        not scored. `structures`: as given. `provenance`: the command without absolute paths, date (UTC), seconds,
+        versions.
+
+    Raises:
+        FileNotFoundError: when the list, the folder, a reference, or every prediction is missing.
+        ValueError: for a bad section or structure, several predictions of one volume, a file that is no label map, or
+            a prediction whose shape or affine (1e-3 of a voxel) is not the reference's.
+    """
+    start = time.perf_counter()
+    checked = _check_structures(structures)
+    entries = read_section(datalist, section, base_dir=base_dir)
+    predictions = find_predictions(entries, predictions_dir, suffix=suffix)
+    cases: list[dict[str, Any]] = []
+    scores: dict[str, list[dict[str, float | None]]] = {name: [] for name in checked}
+    for entry in entries:
+        row: dict[str, Any] = {"name": entry.name, "image": entry.listed}
+        cases.append(row)
+        path = predictions[entry.name]
+        if path is None:
+            row["reason"] = f"no prediction {entry.name}{suffix}.nii.gz"
+            logger.warning("%s: %s; it is not in the means.", entry.name, row["reason"])
+            continue
+        reference = read_labels(entry.label, f"label of {entry.name}")
+        prediction = read_labels(path, f"prediction of {entry.name}")
+        require_same_grid(prediction, reference)
+        for name, values in checked.items():
+            row[name] = _score(prediction, reference, values)
+            scores[name].append(row[name])
+    for name, rows in scores.items():
+        if all(score["volume_ml_reference"] == 0 for score in rows):
+            logger.warning("%s: no reference has label values %s; check `structures`.", name, checked[name])
+    return {
+        "cases": cases,
+        "summary": {name: _summarise(rows) for name, rows in scores.items()},
+        "missing": [row["name"] for row in cases if "reason" in row],
+        "structures": checked,
+        "provenance": _provenance([Path(sys.executable).name, *sys.orig_argv[1:]], time.perf_counter() - start),
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def format_summary(results: Mapping[str, Any]) -> str:
+    """The summary of `evaluate_predictions` as a small aligned text table, with the missing volumes below it."""
+    rows = [["structure", "Dice", "sd", "HD95 mm", "sd", "undefined", "n"]]
+    for name, row in results["summary"].items():
+        numbers = [_number(row["dice_mean"], 4), _number(row["dice_sd"], 4)]
+        numbers += [_number(row["hd95_mm_mean"], 2), _number(row["hd95_mm_sd"], 2)]
+        rows.append([name, *numbers, str(row["hd95_undefined"]), str(row["n"])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    lines += [f"{case['name']}: {case['reason']}" for case in results["cases"] if "reason" in case]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(results: Mapping[str, Any], output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write `results` as JSON and return the path.
+
+    Raises:
+        FileExistsError: when the file exists and `overwrite` is False.
+    """
+    path = Path(output)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {path} exists; choose another name, or allow overwriting (--overwrite).")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: score a folder of predictions, write the JSON, show the summary."""
+    parser = argparse.ArgumentParser(
+        prog="python -m medconstraints.reports.evaluation", description="Score saved masks against their references."
+    )
+    parser.add_argument("--datalist", required=True, help="JSON list with {image, label} entries")
+    parser.add_argument("--section", required=True, help="key of the list, e.g. test")
+    parser.add_argument("--predictions", required=True, help="folder with the saved masks")
+    parser.add_argument("--structures", required=True, help='JSON, e.g. \'{"organ": [1], "both": [1, 2]}\'')
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--base-dir", help="folder the list's paths start from (default: the list's own)")
+    parser.add_argument("--suffix", default="_seg", help="what was appended to the image's name (default: _seg)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    options = parser.parse_args(arguments)
+    try:
+        structures = json.loads(options.structures)
+    except ValueError as error:
+        parser.error(f"--structures: {options.structures!r} is not valid JSON ({error}).")
+    if Path(options.output).exists() and not options.overwrite:
+        # before the work, not after it
+        parser.error(f"--output: {options.output} exists; choose another name or add --overwrite.")
+    try:
+        results = evaluate_predictions(
+            options.datalist,
+            options.section,
+            options.predictions,
+            structures=structures,
+            base_dir=options.base_dir,
+            suffix=options.suffix,
+        )
+        if arguments is not None:
+            command = ["python", "-m", "medconstraints.reports.evaluation", *arguments]
+            results["provenance"]["command"] = [_without_absolute_paths(argument) for argument in command]
+        write_results(results, options.output, overwrite=options.overwrite)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(format_summary(results))
+
+
+if __name__ == "__main__":
+    main()

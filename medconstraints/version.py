@@ -1,0 +1,3 @@
+"""The version of the package, importable without importing torch."""
+
+__version__ = "0.1.0"

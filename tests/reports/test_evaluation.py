@@ -1,0 +1,285 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from medconstraints.reports import evaluation
+from medconstraints.reports.evaluation import dice, evaluate_predictions, format_summary, hd95_mm, write_results
+
+STRUCTURES = {"head": [1], "tail": [2], "whole": [1, 2]}
+
+
+def run(study, section="test", **changes):
+    return evaluate_predictions(
+        study / "data" / "list.json", section, study / "out", **{"structures": STRUCTURES, **changes}
+    )
+
+
+def replace(path, data=None, affine=None):
+    old = nib.load(path)
+    data = np.asarray(old.dataobj) if data is None else data
+    nib.save(nib.Nifti1Image(data, old.affine if affine is None else affine), path)
+
+
+def surface(mask):
+    padded = np.pad(mask, 1)
+    inside = padded.copy()
+    for axis in range(mask.ndim):
+        for step in (-1, 1):
+            inside &= np.roll(padded, step, axis)
+    return (padded & ~inside)[(slice(1, -1),) * mask.ndim]
+
+
+def slow_hd95(a, b, spacing):
+    def directed(source, target):
+        return np.percentile(ndimage.distance_transform_edt(~surface(target), sampling=spacing)[surface(source)], 95)
+
+    return max(directed(a, b), directed(b, a))
+
+
+def blob(rng, shape):
+    noise = ndimage.gaussian_filter(rng.normal(size=shape), 1.5)
+    return noise > np.quantile(noise, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
+        ([1, 1, 1, 0], [0, 1, 1, 1], 2 / 3),
+        ([1, 0, 0, 0], [0, 1, 1, 1], 0.0),
+        ([0, 0, 0, 0], [0, 1, 1, 1], 0.0),
+        ([0, 1, 1, 1], [0, 0, 0, 0], 0.0),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0),
+    ],
+)
+def test_dice(prediction, reference, expected):
+    assert dice(np.array(prediction, bool), np.array(reference, bool)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((20, 18, 9), (0.8, 1.1, 4.0)), ((20, 18, 9), (3.0, 0.5, 0.5)), ((30, 25), (0.7, 2.0))],
+)
+def test_hd95_against_distance_maps(shape, spacing):
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        a, b = blob(rng, shape), blob(rng, shape)
+        assert hd95_mm(a, b, spacing) == pytest.approx(slow_hd95(a, b, spacing), rel=1e-5)
+
+
+def test_hd95_is_the_larger_direction_not_the_pooled_percentile():
+    a = np.zeros((60, 9), bool)
+    a[2:30, 4] = True
+    b = a.copy()
+    b[30:34, 4] = True  # 4 of 32 voxels of b lie outside a, none of a outside b
+    assert hd95_mm(a, b, (1.0, 1.0)) == pytest.approx(slow_hd95(a, b, (1.0, 1.0)))
+    assert hd95_mm(a, b, (1.0, 1.0)) == hd95_mm(b, a, (1.0, 1.0)) > 2
+
+
+def test_hd95_ignores_axes_of_one_voxel():
+    rng = np.random.default_rng(2)
+    a, b = blob(rng, (20, 18)), blob(rng, (20, 18))
+    assert hd95_mm(a[:, None], b[:, None], (2.0, 9.0, 0.5)) == hd95_mm(a, b, (2.0, 0.5))
+
+
+def test_scores_by_hand(study):
+    results = run(study)
+    first, second, third = results["cases"]
+    assert (first["name"], first["image"]) == ("case_000", "images/case_000.nii.gz")
+    # head: 10 x 7 x 4 voxels moved by 2 along the first axis, 0.8 mm a voxel
+    assert first["head"]["dice"] == pytest.approx(8 / 10)
+    assert first["head"]["hd95_mm"] == pytest.approx(1.6, rel=1e-5)
+    voxel_ml = 0.8 * 1.1 * 4.0 / 1000
+    assert first["head"]["volume_ml_reference"] == pytest.approx(280 * voxel_ml)
+    assert first["whole"]["volume_ml_prediction"] == pytest.approx((280 + 84) * voxel_ml)
+    assert second["head"] == {
+        "dice": 0.0,
+        "hd95_mm": None,
+        "volume_ml_prediction": 0.0,
+        "volume_ml_reference": pytest.approx(6 * 9 * 6 * voxel_ml),
+    }
+    assert second["tail"]["dice"] == 1.0  # absent from both
+    assert second["tail"]["hd95_mm"] is None
+    assert "head" not in third
+    assert "case_002_seg.nii.gz" in third["reason"]
+    assert results["missing"] == ["case_002"]
+
+
+def test_summary(study):
+    summary = run(study)["summary"]
+    assert summary["head"]["dice_mean"] == pytest.approx(0.4)
+    assert summary["head"]["dice_sd"] == pytest.approx(np.std([0.8, 0.0], ddof=1))
+    assert summary["head"]["hd95_mm_mean"] == pytest.approx(1.6, rel=1e-5)
+    assert summary["head"]["hd95_mm_sd"] is None  # one defined value
+    assert (summary["head"]["hd95_undefined"], summary["head"]["n"]) == (1, 2)
+
+
+def test_results_are_json_without_absolute_paths(study, monkeypatch):
+    monkeypatch.chdir(study)
+    results = run(study)
+    path = write_results(results, study / "new" / "results.json")
+    text = path.read_text()
+    assert json.loads(text) == results
+    assert str(study) not in text
+    assert set(results["provenance"]["versions"]) == {"torch", "monai", "medconstraints"}
+    with pytest.raises(FileExistsError, match=r"output: .*results\.json exists"):
+        write_results(results, path)
+    write_results(results, path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("{cwd}/data/list.json", "data/list.json"),
+        ("/elsewhere/some one/list.json", "list.json"),
+        ("--datalist=/elsewhere/list.json", "--datalist=list.json"),
+        ("['/elsewhere/a.json', '{cwd}/b.json']", "['a.json', 'b.json']"),
+        (r"C:\Users\someone\list.json", "list.json"),
+        ("data/list.json", "data/list.json"),
+        ("--section", "--section"),
+        ("https://example.org/list.json", "https://example.org/list.json"),
+    ],
+)
+def test_commands_lose_absolute_paths(argument, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation._without_absolute_paths(argument.replace("{cwd}", str(Path.cwd()))) == expected
+
+
+def test_base_dir_suffix_and_flat_folder(study, save):
+    (study / "lists").mkdir()
+    (study / "data" / "list.json").rename(study / "lists" / "list.json")
+    reference = np.asarray(nib.load(study / "data" / "labels" / "case_000.nii.gz").dataobj)
+    save(study / "flat" / "case_000_pred.nii.gz", reference.astype(np.float32))  # labels stored as floats
+    results = evaluate_predictions(
+        study / "lists" / "list.json",
+        "two",
+        study / "flat",
+        structures={"head": (1,)},
+        base_dir=study / "data",
+        suffix="_pred",
+    )
+    assert results["cases"][0]["head"]["dice"] == 1.0
+    assert results["cases"][0]["head"]["hd95_mm"] == 0.0
+    assert results["missing"] == ["case_001"]
+
+
+def test_2d_volumes_with_and_without_a_third_axis(tmp_path, save):
+    labels = np.zeros((12, 10), np.uint8)
+    labels[2:6, 3:7] = 1
+    save(tmp_path / "a.nii.gz", labels, np.diag([2.0, 1.0, 1.0, 1.0]))
+    save(tmp_path / "out" / "a_seg.nii.gz", np.roll(labels, 1, axis=0)[..., None], np.diag([2.0, 1.0, 1.0, 1.0]))
+    (tmp_path / "list.json").write_text(
+        json.dumps({"test": [{"image": ["a.nii.gz", "b.nii.gz"], "label": "a.nii.gz"}]})
+    )
+    row = evaluate_predictions(tmp_path / "list.json", "test", tmp_path / "out", structures={"x": [1]})["cases"][0]["x"]
+    assert (row["dice"], row["hd95_mm"]) == (pytest.approx(0.75), pytest.approx(2.0))
+
+
+def prediction_of(study):
+    return study / "out" / "case_000" / "case_000_seg.nii.gz"
+
+
+def move_affine(study, voxels):
+    affine = nib.load(prediction_of(study)).affine.copy()
+    affine[0, 3] += voxels * 0.8
+    replace(prediction_of(study), affine=affine)
+
+
+def test_affine_tolerance(study):
+    move_affine(study, 5e-4)
+    run(study)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda s: move_affine(s, 0.01), r"case_000_seg.*labels/case_000.*different affines"),
+        (lambda s: replace(prediction_of(s), np.zeros((24, 20, 9), np.uint8)), r"shape \(24, 20, 9\).*\(24, 20, 8\)"),
+        (lambda s: replace(prediction_of(s), np.zeros((24, 20, 8, 3), np.uint8)), "expected one label map"),
+        (lambda s: replace(prediction_of(s), np.full((24, 20, 8), 0.4)), "no integers"),
+        (lambda s: replace(prediction_of(s), np.full((24, 20, 8), np.nan)), "no integers"),
+        (lambda s: prediction_of(s).write_bytes(b"no volume"), "prediction of case_000: .* is not a NIfTI volume"),
+        (
+            lambda s: (s / "out" / "case_000_seg.nii.gz").write_bytes(prediction_of(s).read_bytes()),
+            "2 files .*fit case_000",
+        ),
+    ],
+)
+def test_unusable_predictions(study, damage, words):
+    damage(study)
+    with pytest.raises(ValueError, match=words):
+        run(study)
+
+
+def test_unusable_input(study, tmp_path):
+    datalist = study / "data" / "list.json"
+    with pytest.raises(ValueError, match=r"no entries under 'validation'; it has \['test', 'two'\]"):
+        run(study, "validation")
+    with pytest.raises(FileNotFoundError, match="datalist: no file"):
+        evaluate_predictions(study / "absent.json", "test", study / "out", structures=STRUCTURES)
+    with pytest.raises(FileNotFoundError, match="predictions_dir: no folder"):
+        evaluate_predictions(datalist, "test", study / "absent", structures=STRUCTURES)
+    with pytest.raises(FileNotFoundError, match=r"named like case_000_mask\.nii\.gz.*case_000_seg.*suffix"):
+        run(study, suffix="_mask")
+    (study / "data" / "labels" / "case_000.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="label of case_000: no file"):
+        run(study)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["a.nii.gz"], "expected .*label"),
+        ([{"image": "a/x.nii.gz", "label": "l"}, {"image": "b/x.nii", "label": "l"}], r"several images named \['x'\]"),
+        ([], "no entries"),
+    ],
+)
+def test_unusable_lists(tmp_path, items, words):
+    (tmp_path / "list.json").write_text(json.dumps({"test": items}))
+    with pytest.raises(ValueError, match=words):
+        evaluate_predictions(tmp_path / "list.json", "test", tmp_path, structures=STRUCTURES)
+
+
+@pytest.mark.parametrize(
+    "structures", [{}, {"name": [1]}, {"a": 1}, {"a": []}, {"a": "12"}, {"a": [1.0]}, {"a": [True]}, 3]
+)
+def test_unusable_structures(study, structures):
+    with pytest.raises(ValueError, match="structures: "):
+        run(study, structures=structures)
+
+
+def test_a_structure_that_no_reference_has_is_warned_about(study, caplog):
+    run(study, structures={"ghost": [7]})
+    assert "ghost: no reference has label values [7]" in caplog.text
+
+
+def test_command_line(study, monkeypatch, capsys):
+    monkeypatch.chdir(study)
+    command = f"--datalist {study}/data/list.json --section test --predictions out --output r.json --structures".split()
+    evaluation.main([*command, json.dumps(STRUCTURES)])
+    shown = capsys.readouterr().out
+    results = json.loads((study / "r.json").read_text())
+    assert shown == format_summary(results)
+    assert len({len(line) for line in shown.splitlines()[:4]}) == 1  # aligned
+    assert "case_002: no prediction" in shown
+    assert results["provenance"]["command"][:5] == [
+        "python",
+        "-m",
+        "medconstraints.reports.evaluation",
+        "--datalist",
+        "data/list.json",
+    ]
+    for arguments, words in [
+        ([json.dumps(STRUCTURES)], "r.json exists"),
+        (["{", "--overwrite"], "not valid JSON"),
+        (['{"a": 1}', "--overwrite"], "expected a list"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([*command, *arguments])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    evaluation.main([*command, json.dumps(STRUCTURES), "--overwrite"])

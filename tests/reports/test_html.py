@@ -1,0 +1,147 @@
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from medconstraints.reports import evaluation
+from medconstraints.reports import html as report
+from medconstraints.reports.html import build_cases, write_report
+from medconstraints.reports.montage import ReportCase
+
+VOID = {"meta", "img", "col", "br", "link", "input"}
+HOSTILE = "<script>alert('x')</script> & \"co\""
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and checks that every element is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def text(self, tag):
+        return [data for name, data in self.texts if name == tag]
+
+
+@pytest.fixture
+def results(study, monkeypatch):
+    monkeypatch.chdir(study)
+    return evaluation.evaluate_predictions("data/list.json", "test", "out", structures={"head": [1], "tail": [2]})
+
+
+def columns_of(rows):
+    return [sum(int(attributes.get("colspan", 1)) for attributes in row) for row in rows]
+
+
+def test_page_of_results(results, tmp_path):
+    (tmp_path / "m.png").write_bytes(b"\x89PNG...")
+    path = write_report([], tmp_path / "new" / "r.html", title="T", results=results, montage_png=tmp_path / "m.png")
+    text = path.read_text()
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert page.all("html") == [{"lang": "en"}]
+    (image,) = page.all("img")
+    assert image["src"].startswith("data:image/png;base64,")
+    assert image["alt"]
+    assert all(attributes.get("scope") in ("col", "colgroup", "row") for attributes in page.all("th"))
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "http:" not in text
+    assert "https:" not in text
+    body = page.text("td")
+    assert "0.800" in body
+    assert "1.60" in body
+    assert "undefined" in body
+    assert "0.400 (0.566)" in body
+    assert "1.60, 1 undefined" in body
+    assert "no prediction case_002_seg.nii.gz" in body
+    assert any(caption.startswith("2 of 3 volumes scored") for caption in page.text("caption"))
+    assert str(tmp_path) not in text
+
+
+def test_rows_span_equal_columns(results, tmp_path):
+    text = write_report([], tmp_path / "r.html", title="T", results=results).read_text()
+    for part in ("tbody", "tfoot"):
+        rows = text.split(f"<{part}>")[1].split(f"</{part}>")[0].split("<tr>")[1:]
+        cells = [Page("<tr>" + row.strip()) for row in rows]
+        assert columns_of([[a for tag, a in row.tags if tag in ("td", "th")] for row in cells]) == [9] * len(rows)
+
+
+def test_everything_is_escaped(results, tmp_path):
+    hostile = json.loads(json.dumps(results).replace("case_00", "&lt;<i>case_00").replace('"head"', '"<b>head"'))
+    hostile["provenance"]["command"] = ["python", HOSTILE]
+    text = write_report([], tmp_path / "r.html", title=HOSTILE, results=hostile, notes=[HOSTILE]).read_text()
+    page = Page(text)
+    assert not {"script", "i", "b"} & {tag for tag, _ in page.tags}
+    assert page.text("h1") == page.text("title") == page.text("li") == [HOSTILE]
+    assert "&lt;<i>case_000" in page.text("th")
+
+
+def test_cases_without_results(tmp_path):
+    cases = [
+        ReportCase("a", tmp_path, dice={"x": 0.51234}),
+        ReportCase("b", tmp_path, dice={"y": 1.0}),
+        ReportCase("c", tmp_path),
+    ]
+    page = Page(write_report(cases, tmp_path / "r.html", title="T").read_text())
+    assert page.text("td") == ["0.512", "–", "–", "1.000", "–", "–"]  # noqa: RUF001
+    Page(write_report(cases[2:], tmp_path / "c.html", title="T").read_text())
+
+
+def test_write_report_rejects(tmp_path):
+    path = tmp_path / "r.html"
+    with pytest.raises(ValueError, match="neither"):
+        write_report([], path, title="T")
+    with pytest.raises(FileNotFoundError, match="montage_png: no file"):
+        write_report([ReportCase("a", tmp_path)], path, title="T", montage_png=tmp_path / "absent.png")
+    assert not path.exists()
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"r\.html exists"):
+        write_report([ReportCase("a", tmp_path)], path, title="T")
+    assert path.read_text() == "mine"
+    write_report([ReportCase("a", tmp_path)], path, title="T", overwrite=True)
+
+
+def test_cases_span_the_scores(study, results):
+    def names(**options):
+        return [case.name for case in build_cases("data/list.json", "test", "out", results=results, **options)]
+
+    assert names() == ["case_002", "case_001", "case_000"]  # missing, then 0.5, then best
+    assert names(max_cases=2) == ["case_002", "case_000"]
+    with pytest.raises(ValueError, match=r"no row for \['case_002'\]"):
+        build_cases("data/list.json", "test", "out", results={**results, "cases": results["cases"][:2]})
+
+
+def test_command_line(study, results, capsys):
+    evaluation.write_results(results, "r.json")
+    command = ["--datalist", "data/list.json", "--section", "test", "--predictions", "out", "--results", "r.json"]
+    command += ["--output", "o/r.html", "--montage", "o/m.png"]
+    report.main([*command, "--boxes-axis", "2", "--note", "Boxes of every slice."])
+    assert capsys.readouterr().out.split() == ["o/m.png", "o/r.html"]
+    page = Page((study / "o" / "r.html").read_text())
+    assert page.text("h1") == ["list, test"]
+    assert page.text("li")[0] == "Boxes of every slice."
+    with pytest.raises(SystemExit) as stop:
+        report.main(command)
+    assert stop.value.code == 2
+    assert "exists" in capsys.readouterr().err
+    (study / "r.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([*command, "--overwrite"])
+    assert "lacks ['cases', 'summary', 'provenance']" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+"""Transforms: from labels or box files to the targets of the losses; imported as `medconstraints.transforms`."""
+
+from medconstraints.transforms.box_grid import BoxesToGridd, map_boxes
+from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
+from medconstraints.transforms.chains import boxes_from, inference_postprocessing, read_volumes
+from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
+from medconstraints.transforms.collate import pad_boxes_collate
+from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.size_bounds import fit_size_bounds
+
+__all__ = [
+    "BoxesToGridd",
+    "CheckVolumesd",
+    "LabelToBoxesd",
+    "LoadBoxesd",
+    "LoadVolumed",
+    "VolumeError",
+    "boxes_from",
+    "fit_size_bounds",
+    "inference_postprocessing",
+    "label_to_boxes",
+    "map_boxes",
+    "pad_boxes_collate",
+    "read_volumes",
+]

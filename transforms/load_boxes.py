@@ -1,0 +1,116 @@
+"""Boxes from a file, in the voxels of the image they were drawn on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from os import PathLike
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from medconstraints.data.box_files import read_boxes
+
+__all__ = ["LoadBoxesd"]
+
+
+class LoadBoxesd(MapTransform):
+    """Replace the path of a box file by its boxes, in the voxels of the loaded image.
+
+    Reads `keys`, the path of a JSON, CSV or 3D Slicer file (see `medconstraints.data.box_files`), and the image at
+    `image_key`, a MetaTensor (C, *S). Writes `keys`, (N, 1 + 2 D) int64 rows
+    [class, start_1..start_D, stop_1..stop_D], half-open, N = 0 for a file without boxes, and `key + "_affine"`, the
+    (4, 4) float64 affine of the grid these numbers belong to. Put it after loading, orientation and resampling, before
+    any crop, and finish with `BoxesToGridd`.
+
+    Millimetre boxes go straight into the image's present grid. "voxel" boxes refer to the image as it is stored; they
+    follow it into its present orientation exactly, and after a resampling to the nearest voxel edge. A CSV file with a
+    column `image` is searched for the image's file name.
+
+    Args:
+        keys: keys of the box files.
+        image_key: key of the image.
+        classes: class name -> number, see `read_boxes`.
+        allow_missing_keys: leave items without a box file as they are.
+
+    Raises:
+        BoxFileError: a `ValueError`; rows that cannot be used, with row and reason.
+        FileNotFoundError: no such file.
+        TypeError: the value is no path, or the image is not loaded.
+        ValueError: the image was moved since loading, and nothing tells from which grid.
+
+    Example:
+        >>> import numpy as np, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "case.csv"
+        >>> _ = path.write_text("class,x_min,y_min,x_max,y_max" + chr(10) + "1,0,2,3,4")
+        >>> image = MetaTensor(torch.zeros(1, 8, 8), affine=torch.eye(4))
+        >>> LoadBoxesd()({"image": image, "boxes": path})["boxes"].tolist()
+        [[1, 0, 2, 3, 4]]
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "boxes",
+        image_key: str = "image",
+        *,
+        classes: Mapping[str, int] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+        self.classes = dict(classes) if classes else None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read the boxes into a copy of `data`."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            path, image = item[key], item[self.image_key]
+            if not isinstance(path, str | PathLike):
+                raise TypeError(
+                    f"{key}: expected the path of a box file, got {type(path).__name__}; load boxes once only."
+                )
+            if not isinstance(image, MetaTensor):
+                raise TypeError(
+                    f"{self.image_key}: expected a loaded image (MetaTensor), got {type(image).__name__}; put "
+                    "LoadBoxesd after LoadImaged or LoadVolumed."
+                )
+            stored_affine, stored_shape = _stored_grid(image, self.image_key)
+            item[key] = read_boxes(
+                path,
+                affine=image.affine,
+                shape=image.shape[1:],
+                classes=self.classes,
+                image=image.meta.get("filename_or_obj"),
+                stored_affine=stored_affine,
+                stored_shape=stored_shape,
+            )
+            item[f"{key}_affine"] = torch.as_tensor(image.affine, dtype=torch.float64).cpu().clone()
+        return item
+
+
+def _stored_grid(image: MetaTensor, image_key: str) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Affine and shape of the array in the image's file."""
+    dims = image.ndim - 1
+    affine, shape = image.meta.get("original_affine"), image.meta.get("spatial_shape")
+    if affine is None or shape is None:
+        # PNG and the like, and images made in memory: MONAI keeps no stored affine.
+        if image.applied_operations:
+            raise ValueError(
+                f"{image_key}: expected original_affine and spatial_shape in its meta data, because it was transformed "
+                "after loading, got none; put LoadBoxesd right after the loading transform."
+            )
+        return np.asarray(image.affine.cpu()), tuple(image.shape[1:])
+    affine, sizes = np.asarray(affine, dtype=np.float64), [int(size) for size in np.asarray(shape)]
+    if len(sizes) != dims:
+        raise ValueError(
+            f"{image_key}: expected an image of the {len(sizes)} axes of its file, got {dims} spatial axes; put "
+            "LoadBoxesd before axes are added or removed."
+        )
+    if image.meta.get("as_closest_canonical"):
+        # NibabelReader(as_closest_canonical=True) keeps the file's affine beside the shape of the re-ordered array.
+        sizes = [sizes[int(axis)] for axis in nib.io_orientation(affine)[:dims, 0]]
+    return affine, tuple(sizes)
