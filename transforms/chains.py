@@ -18,7 +18,6 @@ from monai.transforms import (
     Spacingd,
 )
 
-from medconstraints.transforms.box_grid import BoxesToGridd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
 from medconstraints.transforms.load_boxes import LoadBoxesd

@@ -13,6 +13,7 @@ class QuadraticPenalty(nn.Module):
     Input and output have one shape; the output's unit is the square of the residual's. The gradient is continuous.
 
     Example:
+        >>> import torch
         >>> QuadraticPenalty()(torch.tensor([-1.0, 0.0, 2.0])).tolist()
         [0.0, 0.0, 4.0]
     """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from medconstraints.losses.base import ProbabilityLoss, plain
-from medconstraints.statistics.boxes import BoxPlan, box_sums, inside_mask, plan_boxes
+from medconstraints.statistics.box_plan import BoxPlan, plan_boxes
+from medconstraints.statistics.boxes import box_sums, inside_mask
 
 __all__ = ["BoxPriorLoss"]
 
@@ -26,10 +27,12 @@ class BoxPriorLoss(ProbabilityLoss):
     - size: lower |Omega_I| <= V_I <= upper |Omega_I|, one psi for each side (eq. 6.3);
     - emptiness: nothing outside the boxes, psi(V_O) (eq. 6.1), or the cross-entropy -sum_outside log(1 - s) instead.
 
-    `normalization="relative"` (default) divides each residual by its own scale (a band's by w, size and emptiness by
-    |Omega_I|), takes the mean over the bands of an image and class, and over the images and classes that have boxes.
-    A weight and t then mean the same whatever the image size, the number of boxes, w and the dimension. An image
-    without a box of a class has the emptiness term alone, on the scale of that class's mean box in the batch.
+    `normalization="relative"` (default) divides each residual by its own scale: a band's by its width, a size by
+    |Omega_I|, V_O by the mean |Omega_I| of the class in the batch. The costs of a class are averaged over its images,
+    each weighing as much as its boxes hold voxels (so that a voxel pulls alike in a large box and in the small box at
+    the end of an organ), the tightness over the bands of an image first; then over the classes that have boxes. A
+    weight and t then mean the same whatever the image size, the number of boxes, w and the dimension. An image without
+    a box of a class has only the emptiness term for it.
 
     `normalization="paper"` is eq. 6.6 as published: residuals in voxels, the tightness a plain sum over bands, V the
     size in the whole image, size and emptiness divided by the number of voxels of the image, sums over classes, mean
@@ -49,13 +52,15 @@ class BoxPriorLoss(ProbabilityLoss):
         normalization: "relative" or "paper".
         sigmoid: apply a sigmoid to the input.
         softmax: apply a softmax over the channels of the input.
-        reduction: "mean", "sum" over images, or "none" for one value per sample and foreground class, (B, K).
+        reduction: "mean" or "sum" over images (one and the same for "relative", which is an average already), or "none"
+            for the part of each sample and foreground class in that sum, (B, K).
 
     Raises:
         TypeError: the formulation is not a module.
         ValueError: an argument is outside its range.
 
     Example:
+        >>> from medconstraints.formulations import LogBarrierExtension
         >>> loss = BoxPriorLoss(LogBarrierExtension(), softmax=True)
         >>> boxes = torch.tensor([[[1, 2, 2, 12, 12]]])      # class 1 in rows 2..11 and columns 2..11
         >>> float(loss(torch.zeros(1, 2, 16, 16), boxes)) > 0
@@ -199,6 +204,7 @@ class BoxPriorLoss(ProbabilityLoss):
             bands = np.bincount(plan.segment_group, minlength=num_groups)
             tight_weight = self.tightness_weight * (share / np.maximum(bands, 1))[plan.segment_group]
             size_weight = np.tile(sized * share * self.size_weight, 2)
+            # The image count is that of the images with boxes: then a voxel outside pulls as one inside does.
             images = max(int(has_box.any(1).sum()), 1)
             empty_weight = np.full(num_groups, self.emptiness_weight / images / mean_volume.size)
             per_class = torch.from_numpy(mean_volume).to(device, non_blocking=True)
@@ -242,9 +248,8 @@ class BoxPriorLoss(ProbabilityLoss):
             index_dev = torch.from_numpy(index).to(probs.device, non_blocking=True)
             return out.index_add(0, index_dev, weighted).view(-1, num_classes).to(probs.dtype)
         loss = weighted.sum()
-        if self.reduction == "mean":
-            images = plan.box_volume.shape[0]
-            loss = loss / (images if self.normalization == "paper" else 1)
+        if self.reduction == "mean" and self.normalization == "paper":
+            loss = loss / plan.box_volume.shape[0]
         return loss.to(probs.dtype)
 
     def extra_repr(self) -> str:

@@ -79,7 +79,7 @@ class CombinedLoss(_Loss):
         return total
 
     def terms(self) -> dict[str, Tensor]:
-        """Weighted value of each loss in the last forward pass, and `name_term` for losses that have terms themselves."""
+        """Weighted value of each loss in the last forward pass, and `name_term` for the terms that a loss has itself."""
         terms = dict(self._last)
         for name, loss in self.losses.items():
             if hasattr(loss, "terms"):

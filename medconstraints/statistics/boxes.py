@@ -8,237 +8,14 @@ where they can be checked without waiting for the device; only index tensors are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BoxPlan", "box_sums", "inside_mask", "plan_boxes"]
+from medconstraints.statistics.box_plan import BoxPlan
 
-# More intersections of one size than this, in one image and class, are left to a mask.
-_MAX_CORRECTIONS = 32
-
-
-@dataclass(frozen=True)
-class BoxPlan:
-    """Where each box and band of a batch lies; made by `plan_boxes`, used by `box_sums`.
-
-    An "image" is a volume (or 2D image) of the batch, or one slice of it when `slice_axis` is set; images are counted
-    sample first, slice second. I images, K foreground channels, M slots: slot 0 is the whole image, then follow the
-    boxes of that image and class and, where they overlap, signed corrections. S bands ("segments" in Kervadec 2020, ch. 6).
-
-    Attributes:
-        shape: spatial shape of an image (without the slice axis).
-        slice_axis: spatial axis that was turned into the image index, or None.
-        first_channel: channel of class 1: 1, or 0 for a single-channel (sigmoid) output.
-        starts: first voxel of each slot, (I, K, M, D') int64 on the device of the probabilities, clipped to the image.
-        stops: one past the last voxel of each slot, likewise; 0 for an unused slot.
-        line_index: for every line of every band its position in the flattened profiles, (L,) int64.
-        line_segment: the band of every line, (L,) int64.
-        num_segments: S.
-        segment_width: lines of each band, (S,), float64 on the host.
-        segment_group: image * K + class of each band, (S,) int64 on the host.
-        box_volume: voxels in the union of the boxes of each image and class, (I, K), float64 on the host; without
-            `slot_sign` shared voxels are counted more than once (`inside_mask` gives the union).
-        box_cut: whether a box of that image and class reaches beyond the image, (I, K) bool on the host.
-        slot_sign: (I, K, M) float64 on the device; the signed sum of the slots is the sum over the union of the boxes.
-            None when too many boxes share voxels: then use `inside_mask`.
-    """
-
-    shape: tuple[int, ...]
-    slice_axis: int | None
-    first_channel: int
-    starts: Tensor
-    stops: Tensor
-    line_index: Tensor
-    line_segment: Tensor
-    num_segments: int
-    segment_width: np.ndarray
-    segment_group: np.ndarray
-    box_volume: np.ndarray
-    box_cut: np.ndarray
-    slot_sign: Tensor | None
-
-
-def plan_boxes(
-    boxes: Tensor,
-    probs_shape: torch.Size | tuple[int, ...],
-    *,
-    width: int = 5,
-    slice_axis: int | None = None,
-    device: torch.device | str = "cpu",
-) -> BoxPlan:
-    """Check a batch of boxes against an image and lay out its slots and bands.
-
-    In a box of N lines along an axis, consecutive bands take `width` lines each; the last one takes what is left. A
-    box one voxel thick has no bands across that axis. A box may reach beyond the image (negative start, or stop above
-    the size): it is clipped, and as the object may lie in the part that was cut off, lines that run along a cut axis
-    are no tightness evidence and give no bands.
-
-    Args:
-        boxes: (B, N, 1 + 2 D) integers, rows [class, start_1..start_D, stop_1..stop_D], half-open, in voxels; class -1
-            marks padding. Best kept on the CPU: boxes on another device are fetched, which waits for that device.
-        probs_shape: shape (B, C, *S) of the probabilities; with C = 1 class 1 is the only channel, else channel c is
-            class c and channel 0 the background.
-        width: lines per band, w of eq. 6.2, >= 1.
-        slice_axis: spatial axis across which every slice is an image of its own, for boxes drawn slice by slice.
-        device: where the index tensors go.
-
-    Raises:
-        TypeError: `boxes` is not an integer tensor.
-        ValueError: wrong shape, an unknown class, an empty or inverted box, a box outside the image, or a box thicker
-            than a slice when `slice_axis` is set. The message names the sample and the row.
-    """
-    spatial = tuple(int(n) for n in probs_shape[2:])
-    dims, batch, channels = len(spatial), int(probs_shape[0]), int(probs_shape[1])
-    first_channel = 0 if channels == 1 else 1
-    num_classes = channels - first_channel
-    if width != int(width) or width < 1:
-        raise ValueError(f"width: expected an integer >= 1 (lines per band), got {width!r}.")
-    if slice_axis is not None and not (0 <= slice_axis < dims and dims == 3):
-        raise ValueError(
-            f"slice_axis: expected None, or 0, 1 or 2 for 3D volumes, got {slice_axis} for shape {spatial}."
-        )
-    rows = _checked_rows(boxes, batch, dims)
-    sample, row = np.nonzero(rows[:, :, 0] >= 0)
-    kept = rows[sample, row]
-    cls, start, stop = kept[:, 0], kept[:, 1 : 1 + dims], kept[:, 1 + dims :]
-    size = np.array(spatial)
-    _refuse((cls < 1) | (cls > num_classes), sample, row, kept, f"has a class outside 1..{num_classes}; class 0 is the "
-            "background and -1 marks padding. Check the class numbers or the network's channels")  # fmt: skip
-    _refuse((stop <= start).any(1), sample, row, kept, "is empty or inverted; each stop must be above its start")
-    _refuse(((stop <= 0) | (start >= size)).any(1), sample, row, kept, f"lies outside the image of shape {spatial}; are "
-            "its coordinates those of this grid, in voxels? BoxesToGridd maps boxes to an augmented image")  # fmt: skip
-    cut = (start < 0) | (stop > size)
-    start, stop = np.maximum(start, 0), np.minimum(stop, size)
-
-    image, axes = sample, [a for a in range(dims) if a != slice_axis]
-    if slice_axis is not None:
-        _refuse(stop[:, slice_axis] - start[:, slice_axis] != 1, sample, row, kept, f"is not one voxel thick along "
-                f"slice_axis {slice_axis}; draw one flat box per slice, or use slice_axis=None for 3D boxes")  # fmt: skip
-        image = sample * spatial[slice_axis] + start[:, slice_axis]
-        start, stop, cut, size = start[:, axes], stop[:, axes], cut[:, axes], size[axes]
-    num_images = batch * (spatial[slice_axis] if slice_axis is not None else 1)
-
-    order = np.argsort(image * num_classes + cls - 1, kind="stable")
-    group, start, stop, cut = (image * num_classes + cls - 1)[order], start[order], stop[order], cut[order]
-    num_groups = num_images * num_classes
-    extra = _union_corrections(group, start, stop, num_groups)
-    signed = extra is not None
-    corrections = extra if extra is not None else (group[:0], start[:0], stop[:0], np.zeros(0))
-    # Slots: boxes first, in their order, so that a box keeps its rank when corrections follow.
-    all_groups = np.concatenate([group, corrections[0]])
-    ranked = np.argsort(all_groups, kind="stable")
-    slot = np.empty(len(all_groups), dtype=np.int64)
-    slot[ranked] = 1 + np.arange(len(all_groups)) - np.searchsorted(all_groups[ranked], all_groups[ranked])
-    num_slots = 1 + int(slot.max(initial=0))
-    starts = np.zeros((num_groups, num_slots, len(axes)), dtype=np.int64)
-    stops, signs = np.zeros_like(starts), np.zeros((num_groups, num_slots))
-    stops[:, 0] = size
-    starts[all_groups, slot] = np.concatenate([start, corrections[1]])
-    stops[all_groups, slot] = np.concatenate([stop, corrections[2]])
-    signs[all_groups, slot] = np.concatenate([np.ones(len(group)), corrections[3]])
-    box_cut = np.zeros(num_groups, dtype=bool)
-    box_cut[group[cut.any(1)]] = True
-    volume = ((stops - starts).prod(-1) * signs).sum(-1)
-    line_index, line_segment, segment_width, segment_group = _bands(
-        group, group * num_slots + slot[: len(group)], start, stop, cut, size, width, num_groups * num_slots
-    )
-    slots_shape = (num_images, num_classes, num_slots, len(axes))
-    return BoxPlan(
-        shape=tuple(int(n) for n in size),
-        slice_axis=slice_axis,
-        first_channel=first_channel,
-        starts=torch.from_numpy(starts.reshape(slots_shape)).to(device, non_blocking=True),
-        stops=torch.from_numpy(stops.reshape(slots_shape)).to(device, non_blocking=True),
-        line_index=torch.from_numpy(line_index).to(device, non_blocking=True),
-        line_segment=torch.from_numpy(line_segment).to(device, non_blocking=True),
-        num_segments=len(segment_width),
-        segment_width=segment_width,
-        segment_group=segment_group,
-        box_volume=volume.reshape(num_images, num_classes),
-        box_cut=box_cut.reshape(num_images, num_classes),
-        slot_sign=torch.from_numpy(signs.reshape(slots_shape[:3])).to(device, non_blocking=True) if signed else None,
-    )
-
-
-def _checked_rows(boxes: Tensor, batch: int, dims: int) -> np.ndarray:
-    if not isinstance(boxes, Tensor) or boxes.is_floating_point() or boxes.is_complex() or boxes.dtype == torch.bool:
-        got = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"boxes: expected an integer tensor (B, N, 1 + 2 D), got {got}; round voxel coordinates first.")
-    if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 1 + 2 * dims:
-        raise ValueError(
-            f"boxes: expected shape ({batch}, N, {1 + 2 * dims}), rows [class, start_1..start_{dims}, "
-            f"stop_1..stop_{dims}], for {dims}D images, got {tuple(boxes.shape)}; collate with pad_boxes_collate."
-        )
-    return np.asarray(torch.Tensor.numpy(boxes.detach().cpu()), dtype=np.int64)
-
-
-def _refuse(bad: np.ndarray, sample: np.ndarray, row: np.ndarray, kept: np.ndarray, why: str) -> None:
-    if bad.any():
-        k = int(np.argmax(bad))
-        raise ValueError(f"boxes: row {row[k]} of sample {sample[k]}, {kept[k].tolist()}, {why}.")
-
-
-def _bands(
-    group: np.ndarray,
-    flat_slot: np.ndarray,
-    start: np.ndarray,
-    stop: np.ndarray,
-    cut: np.ndarray,
-    size: np.ndarray,
-    width: int,
-    total_slots: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bands of every box along every axis: line positions in the flattened profiles, their band, widths and groups."""
-    lines, segments, widths, groups = [], [], [], []
-    offset = num_segments = 0
-    for axis in range(len(size)):
-        extent = stop[:, axis] - start[:, axis]
-        others_cut = np.delete(cut, axis, axis=1).any(1)
-        used = np.nonzero((extent > 1) & ~others_cut)[0]
-        count = extent[used]
-        per_box = -(-count // width)
-        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        first_segment = num_segments + np.cumsum(per_box) - per_box
-        lines.append(offset + np.repeat(flat_slot[used] * size[axis] + start[used, axis], count) + position)
-        segments.append(np.repeat(first_segment, count) + position // width)
-        rank = np.arange(per_box.sum()) - np.repeat(np.cumsum(per_box) - per_box, per_box)
-        widths.append(np.minimum(width, np.repeat(count, per_box) - rank * width))
-        groups.append(np.repeat(group[used], per_box))
-        num_segments += int(per_box.sum())
-        offset += total_slots * int(size[axis])
-    width_per_band = np.concatenate(widths).astype(np.float64)
-    return np.concatenate(lines), np.concatenate(segments), width_per_band, np.concatenate(groups)
-
-
-def _union_corrections(
-    group: np.ndarray, start: np.ndarray, stop: np.ndarray, num_groups: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Signed boxes that, added to the boxes of a group, make their sum the union (inclusion and exclusion).
-
-    Level k holds the non-empty intersections of k boxes of one group, with sign (-1)^(k + 1). Returns group, start,
-    stop and sign of each; None when so many boxes lie on top of each other that a mask is cheaper.
-    """
-    rank = np.arange(len(group)) - np.searchsorted(group, group)
-    members = int(rank.max(initial=-1)) + 1
-    table_start = np.zeros((num_groups, members, start.shape[1]), dtype=np.int64)
-    table_stop = np.zeros_like(table_start)
-    table_start[group, rank], table_stop[group, rank] = start, stop
-    found, sign = [(group[:0], start[:0], stop[:0], np.zeros(0))], -1.0
-    while len(group) and members > 1:
-        low = np.maximum(start[:, None], table_start[group])
-        high = np.minimum(stop[:, None], table_stop[group])
-        entry, rank = np.nonzero((high > low).all(-1) & (np.arange(members) > rank[:, None]))
-        group, start, stop = group[entry], low[entry, rank], high[entry, rank]
-        if len(group) and np.bincount(group).max() > _MAX_CORRECTIONS:
-            return None
-        found.append((group, start, stop, np.full(len(group), sign)))
-        sign = -sign
-    columns = zip(*found, strict=True)
-    return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
+__all__ = ["box_sums", "inside_mask"]
 
 
 def _indicator(plan: BoxPlan, axis: int, dtype: torch.dtype) -> Tensor:
@@ -305,10 +82,9 @@ class _BoxSums(torch.autograd.Function):
         ]
         profiles[-1] = profiles[-1] + grad_slots.to(work).unsqueeze(-1)
         weights = [_indicator(plan, axis, work) for axis in range(dims)]
-        if dims == 2:
-            rows = profiles[0]
-        else:
-            rows = _outer([profiles[0], weights[1]]) + _outer([weights[0], profiles[1]])
+        rows = profiles[0]
+        if dims == 3:
+            rows = _outer([rows, weights[1]]) + _outer([weights[0], profiles[1]])
         left = torch.cat([rows, _outer(weights[:-1])], dim=-2).transpose(-1, -2)  # (I, K, R, 2 M)
         right = torch.cat([weights[-1], profiles[-1]], dim=-2)  # (I, K, 2 M, last)
         if plan.first_channel:
@@ -335,6 +111,7 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
         are computed in float32 (float64 for float64 input). First derivatives only.
 
     Example:
+        >>> from medconstraints.statistics import plan_boxes
         >>> boxes = torch.tensor([[[1, 0, 0, 2, 3]]])
         >>> plan = plan_boxes(boxes, (1, 2, 4, 4), width=2)
         >>> segments, slots = box_sums(torch.full((1, 2, 4, 4), 0.5), plan)
