@@ -47,7 +47,7 @@ build: $(VENV)/.test ## source archive and wheel in dist/
 
 clean: ## remove what the targets above made, except the virtual environment and output/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: name an interpreter, make PYTHON=python3.11" >&2; exit 1; }
@@ -58,12 +58,12 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.report: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
+$(VENV)/.report: $(VENV)/.created setup.cfg constraints.txt
 	@echo "Installing into $(VENV) (about a minute, 1.5 GB) ..."
 	@$(PIP_INSTALL) -e '.[report]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.created setup.cfg pyproject.toml constraints.txt
+$(VENV)/.test: $(VENV)/.created setup.cfg constraints.txt
 	@echo "Installing into $(VENV) with the test tools (about a minute, 2 GB) ..."
 	@$(PIP_INSTALL) -e '.[report,test,itk]'
 	@touch $@

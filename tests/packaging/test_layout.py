@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -161,6 +162,9 @@ def test_public_names_exist_and_have_docstrings(name):
     module = importlib.import_module(name)
     public = getattr(module, "__all__", [])
     assert len(public) == len(set(public)), f"{name}.__all__ names something twice"
+    for item in public:  # as `from package import name` does: __all__ may name a submodule nobody has imported yet
+        if not hasattr(module, item) and hasattr(module, "__path__") and importlib.util.find_spec(f"{name}.{item}"):
+            importlib.import_module(f"{name}.{item}")
     missing = [item for item in public if not hasattr(module, item)]
     assert not missing, f"{name}.__all__ names what is not there: {missing}"
     objects = {item: getattr(module, item) for item in public}
