@@ -1,7 +1,9 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -36,3 +38,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.fail(f"MEDCONSTRAINTS_DATA names {value}, which is not a folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def box_prior_reference() -> ModuleType:
+    """The slow reference of the box prior, tests/reference/box_prior_reference.py."""
+    path = Path(__file__).parent / "reference" / "box_prior_reference.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -88,7 +88,7 @@ class BoxesToGridd(MapTransform):
             affine = item.pop(f"{key}_affine", None)
             if affine is None or not hasattr(image, "affine"):
                 raise ValueError(
-                    f"{key}: no {key}_affine beside the boxes, or the image is no MetaTensor, so they cannot be mapped; "
+                    f"{key}: no {key}_affine beside the boxes, or the image is no MetaTensor: they cannot be mapped; "
                     "make the boxes with LabelToBoxesd or LoadBoxesd, and map them once only."
                 )
             boxes = map_boxes(item[key], affine, image.affine)

@@ -99,7 +99,8 @@ class SaveBestHandler:
     def __call__(self, engine: Engine) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            module = self.network.module if hasattr(self.network, "module") else self.network
+            distributed = isinstance(self.network, nn.parallel.DistributedDataParallel)
+            module = self.network.module if distributed else self.network
             _save(module.state_dict(), self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 

@@ -20,8 +20,8 @@ _FAILURE = "failure"
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the innermost cause: MONAI wraps it in 'applying transform ...'."""
-    while error.__cause__ is not None:
+    """First line of the error's message, without MONAI's 'applying transform ...' around it."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -39,7 +39,7 @@ class TolerantDataset(Dataset):
         super().__init__(data, transform)
         self.image_key = image_key
 
-    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Any:
         """Transformed item, or the failure."""
         try:
             return super().__getitem__(index)

@@ -98,8 +98,8 @@ class BoxPriorLoss(ProbabilityLoss):
             or (np.diff(bounds) < 0).any()
         ):
             raise ValueError(
-                "size_bounds: expected (lower, upper) shares of the box with 0 <= lower <= upper <= 1, or one such pair "
-                f"per foreground class, got {size_bounds!r}."
+                "size_bounds: expected (lower, upper) shares of the box with 0 <= lower <= upper <= 1, or one such "
+                f"pair per foreground class, got {size_bounds!r}."
             )
         for name, weight in zip(_TERMS, (tightness_weight, size_weight, emptiness_weight), strict=True):
             if not (np.isfinite(weight) and weight >= 0):

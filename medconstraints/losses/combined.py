@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +80,11 @@ class CombinedLoss(_Loss):
         return total
 
     def terms(self) -> dict[str, Tensor]:
-        """Weighted value of each loss in the last forward pass, and `name_term` for the terms that a loss has itself."""
+        """Weighted value of each loss in the last forward pass, and `name_term` for a loss that has terms itself."""
         terms = dict(self._last)
         for name, loss in self.losses.items():
-            if hasattr(loss, "terms"):
-                terms.update({f"{name}_{key}": value for key, value in loss.terms().items()})
+            own: Any = getattr(loss, "terms", dict)
+            terms.update({f"{name}_{key}": value for key, value in own().items()})
         return terms
 
     def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,18 +101,31 @@ def plan_boxes(
     kept = rows[sample, row]
     cls, start, stop = kept[:, 0], kept[:, 1 : 1 + dims], kept[:, 1 + dims :]
     size = np.array(spatial)
-    _refuse((cls < 1) | (cls > num_classes), sample, row, kept, f"has a class outside 1..{num_classes}; class 0 is the "
-            "background and -1 marks padding. Check the class numbers or the network's channels")  # fmt: skip
-    _refuse((stop <= start).any(1), sample, row, kept, "is empty or inverted; each stop must be above its start")
-    _refuse(((stop <= 0) | (start >= size)).any(1), sample, row, kept, f"lies outside the image of shape {spatial}; "
-            "are its coordinates those of this grid, in voxels? BoxesToGridd maps boxes to an augmented image")  # fmt: skip
+    found = sample, row, kept
+    _refuse(
+        (cls < 1) | (cls > num_classes),
+        found,
+        f"has a class outside 1..{num_classes}; class 0 is the background and -1 marks padding. Check the class "
+        "numbers or the network's channels",
+    )
+    _refuse(np.any(stop <= start, axis=1), found, "is empty or inverted; each stop must be above its start")
+    _refuse(
+        np.any((stop <= 0) | (start >= size), axis=1),
+        found,
+        f"lies outside the image of shape {spatial}; are its coordinates those of this grid, in voxels? BoxesToGridd "
+        "maps boxes to an augmented image",
+    )
     cut = (start < 0) | (stop > size)
     start, stop = np.maximum(start, 0), np.minimum(stop, size)
 
     image, axes = sample, [a for a in range(dims) if a != slice_axis]
     if slice_axis is not None:
-        _refuse(stop[:, slice_axis] - start[:, slice_axis] != 1, sample, row, kept, f"is not one voxel thick along "
-                f"slice_axis {slice_axis}; draw a flat box per slice, or use slice_axis=None for 3D boxes")  # fmt: skip
+        _refuse(
+            stop[:, slice_axis] - start[:, slice_axis] != 1,
+            found,
+            f"is not one voxel thick along slice_axis {slice_axis}; draw a flat box per slice, or use slice_axis=None "
+            "for 3D boxes",
+        )
         image = sample * spatial[slice_axis] + start[:, slice_axis]
         start, stop, cut, size = start[:, axes], stop[:, axes], cut[:, axes], size[axes]
     num_images = batch * (spatial[slice_axis] if slice_axis is not None else 1)
@@ -170,10 +184,12 @@ def _checked_rows(boxes: Tensor, batch: int, dims: int) -> np.ndarray:
     return np.asarray(torch.Tensor.numpy(boxes.detach().cpu()), dtype=np.int64)
 
 
-def _refuse(bad: np.ndarray, sample: np.ndarray, row: np.ndarray, kept: np.ndarray, why: str) -> None:
+def _refuse(bad: Any, found: tuple[np.ndarray, np.ndarray, np.ndarray], why: str) -> None:
+    """Raise for the first bad row; `found` holds the sample, the position and the numbers of every row."""
     if bad.any():
-        k = int(np.argmax(bad))
-        raise ValueError(f"boxes: row {row[k]} of sample {sample[k]}, {kept[k].tolist()}, {why}.")
+        first = int(np.argmax(bad))
+        sample, row, kept = (column[first] for column in found)
+        raise ValueError(f"boxes: row {row} of sample {sample}, {kept.tolist()}, {why}.")
 
 
 def _bands(

@@ -118,7 +118,7 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
         >>> segments.tolist(), slots.tolist()
         ([3.0, 2.0, 1.0], [[[8.0, 3.0]]])
     """
-    return _BoxSums.apply(probs, plan)  # type: ignore[no-any-return]
+    return _BoxSums.apply(probs, plan)
 
 
 def inside_mask(plan: BoxPlan) -> Tensor:

@@ -1,7 +1,7 @@
 """The ways a user installs the package: wheel, from inside the checkout, editable. Offline; no name leaks to the top.
 
-Every case runs in an environment of its own that sees the packages of this one (torch, monai) but not its medconstraints:
-a .pth file appends the folder, and the .pth files inside that folder (editable installs) are then not read.
+Every case runs in an environment of its own that sees the packages of this one (torch, monai) but not its
+medconstraints: a .pth file appends the folder, and .pth files inside that folder (editable installs) are then not read.
 """
 
 import os

@@ -144,7 +144,9 @@ def box_prior(
                 "boxes": len(mine),
                 "volume": int(mask.sum()),
                 "cut": any(any(visible(row, channel.shape)[1]) for row in mine),
-                "bands": [(lines, channel[band].sum()) for row in mine for band, lines in bands_of(row, mask.shape, width)],
+                "bands": [
+                    (lines, channel[band].sum()) for row in mine for band, lines in bands_of(row, mask.shape, width)
+                ],
                 "inside": channel[mask].sum(),
                 "outside": channel[~mask].sum(),
                 "cross_entropy": sum(-math.log(1 - s) for s in channel[~mask]),
@@ -177,10 +179,8 @@ def box_prior(
                         tight = share * np.mean([cost(1 - mass / lines) for lines, mass in part["bands"]])
                     if not part["cut"]:
                         size = share * (cost(lower - inside / volume) + cost(inside / volume - upper))
-                if volumes[k]:
-                    scale = np.mean(volumes[k])
-                else:  # a class without any box in the batch
-                    scale = np.mean(everything) if everything else voxels
+                # A class without any box in the batch takes the mean over the others.
+                scale = np.mean(volumes[k] or everything or [voxels])
                 empty = cost(outside / scale) if emptiness == "constraint" else part["cross_entropy"] / scale
                 empty /= max(len(images_with_boxes), 1) * num_classes
             terms[sample, k] += np.array([tight, size, empty]) * weights

@@ -1,0 +1,156 @@
+"""From a box file (JSON, CSV, 3D Slicer) to records: one entry each, as written, with its place in the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medconstraints.data.box_fields import Refusal, checked_classes
+from medconstraints.data.box_slicer import check_schema
+
+__all__ = ["FORMATS", "Record", "read_records"]
+
+FORMATS = ("json", "csv", "slicer")
+EXTENSIONS = {".csv": "csv", ".mrk.json": "slicer", ".json": "json"}  # the first that fits
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as written: not checked, place known; ``fault`` where it could not even be taken apart."""
+
+    row: int
+    where: str
+    fields: Mapping[str, Any]
+    slicer: bool = False
+    fault: str = ""
+
+
+def read_records(path: Path, format: str | None, ndim: int, image: str | None) -> tuple[list[Record], dict[str, int]]:
+    """Rows of a file, and the class names that it defines; the arguments are those of `read_boxes`."""
+    name = path.name.lower()
+    kind = format or next((kind for end, kind in EXTENSIONS.items() if name.endswith(end)), None)
+    if kind is None:
+        raise Refusal("unknown kind of box file; use .json, .csv or .mrk.json, or say format=")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    if kind == "csv":
+        return _csv_records(text, ndim, image), {}
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Refusal(f"is not valid JSON ({error}); correct it or export it again") from None
+    if not isinstance(document, dict):
+        raise Refusal(f"holds a JSON {type(document).__name__}; expected an object with a list 'boxes' or 'markups'")
+    return _json_records(document, slicer=kind == "slicer" or (format is None and "markups" in document))
+
+
+def _json_records(document: Mapping[str, Any], *, slicer: bool) -> tuple[list[Record], dict[str, int]]:
+    key = "markups" if slicer else "boxes"
+    entries = document.get(key)
+    if not isinstance(entries, list):
+        raise Refusal(f"has no list {key!r}; a {'Slicer' if slicer else 'JSON'} box file needs one")
+    shared: dict[str, Any] = {}
+    if slicer:
+        check_schema(document)
+    elif "coordinate_system" in document:
+        shared = {"coordinate_system": document["coordinate_system"]}
+    else:
+        raise Refusal('has no \'coordinate_system\'; add "voxel", "RAS" or "LPS"')
+    names = document.get("classes", {})
+    if not isinstance(names, dict):
+        raise Refusal("'classes' must be an object from class name to number")
+    try:
+        names = checked_classes(names, "'classes'")
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    no_object = f"is not an object with {'an ROI' if slicer else 'class, start and stop'}; correct the entry"
+    records = []
+    for i, entry in enumerate(entries):
+        usable = isinstance(entry, dict)
+        fields = {**shared, **entry} if usable else {}
+        records.append(Record(i, f"{key}[{i}]", fields, slicer, fault="" if usable else no_object))
+    return records, names
+
+
+def _csv_records(text: str, ndim: int, image: str | None) -> list[Record]:
+    lines = text.splitlines()
+    system, comments = "voxel", 0
+    while comments < len(lines) and (not lines[comments].strip() or lines[comments].lstrip().startswith("#")):
+        key, _, value = lines[comments].strip().lstrip("#").partition(":")
+        if key.strip().lower() == "coordinate_system":
+            system = value.strip().rstrip(",")  # a spreadsheet pads a comment line with commas
+        comments += 1
+    reader = csv.reader(lines[comments:], skipinitialspace=True)
+    try:
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        table = [(comments + reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise Refusal(f"is not readable as CSV ({error}); save it as comma-separated text") from None
+
+    start, stop = _csv_columns(header, ndim)
+    records, images = [], set()
+    for number, (line, cells) in enumerate(table, start=1):
+        row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+        if "image" in header:
+            name = row.pop("image", "")
+            images.add(name)
+            if image is not None and _stem(name) != _stem(image):
+                continue
+            if name and not any(row.values()):
+                continue
+        fields: dict[str, Any] = {
+            "class": row.get("class", ""),
+            "coordinate_system": row.get("coordinate_system") or system,
+            "start": [row.get(column, "") for column in start],
+            "stop": [row.get(column, "") for column in stop],
+        }
+        fault = f"has {len(cells)} cells, the header has {len(header)}; correct the row"
+        fault = fault if len(cells) > len(header) else ""
+        records.append(Record(number, f"row {number} (line {line})", fields, fault=fault))
+    if "image" in header:
+        _check_images(images, image)
+    return records
+
+
+def _csv_columns(header: Sequence[str], ndim: int) -> tuple[list[str], list[str]]:
+    """Names of the columns of the start and of the stop."""
+    axes = range(ndim)
+    forms = [
+        ([f"start_{i + 1}" for i in axes], [f"stop_{i + 1}" for i in axes], "start_3"),
+        ([f"{'xyz'[i]}_min" for i in axes], [f"{'xyz'[i]}_max" for i in axes], "z_min"),
+    ]
+    for start, stop, third in forms:
+        if "class" in header and set(start + stop) <= set(header):
+            if ndim == 2 and third in header:
+                raise Refusal(f"has three coordinates a corner (column {third}), the image is 2D; remove the third")
+            return start, stop
+    wanted = " or ".join(",".join(["class", *start, *stop]) for start, stop, _ in forms)
+    found = ",".join(header)
+    hint = "separate columns with commas" if ";" in found or "\t" in found else "add the missing columns"
+    raise Refusal(f"needs the columns {wanted} for a {ndim}D image; found {found or 'none'}; {hint}")
+
+
+def _check_images(images: set[str], image: str | None) -> None:
+    """Refuse a file of many volumes unless ``image`` is one of them; a file of one needs no ``image``."""
+    listed = ", ".join(sorted(images)[:5])
+    if image is None:
+        if len(images) > 1:
+            raise Refusal(f"holds boxes of {len(images)} images ({listed}); say which with image=")
+    elif _stem(image) not in {_stem(name) for name in images}:
+        raise Refusal(
+            f"has no row for the image {Path(image).name!r} (it has: {listed}); "
+            "a volume without boxes needs a row with its name alone"
+        )
+
+
+def _stem(name: str) -> str:
+    """File name without folder and without extension (two-part ones too)."""
+    name = re.split(r"[\\/]", name.strip())[-1]
+    return re.sub(r"(\.nii)?\.(gz|nii|mha|mhd|nrrd|nhdr|png|jpe?g|bmp|tiff?|npy|npz|dcm)$", "", name, flags=re.I)

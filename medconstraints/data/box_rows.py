@@ -1,0 +1,88 @@
+"""From a record of a box file to a row ``[class, start_1..start_D, stop_1..stop_D]`` of a voxel grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from medconstraints.data.box_fields import Refusal, class_number, coordinate_system, vector
+from medconstraints.data.box_geometry import (
+    SLACK_VOXELS,
+    Array,
+    Grid,
+    Solid,
+    fit_to_grid,
+    hint_at_system,
+    overhang,
+    overhang_of,
+    voxel_solid,
+)
+from medconstraints.data.box_records import Record
+from medconstraints.data.box_slicer import roi_class, roi_solid
+
+__all__ = ["box_row"]
+
+
+def box_row(record: Record, names: Mapping[str, int], target: Grid, stored: Grid, file_name: str) -> list[int]:
+    """Row of ``target`` for a record whose voxel coordinates refer to ``stored``; Refusal says why there is none."""
+    if record.fault:
+        raise Refusal(record.fault)
+    fields, ndim = record.fields, target.ndim
+    if record.slicer:
+        system, solid = roi_solid(fields, ndim)
+        label = roi_class(fields, names, file_name)
+    else:
+        for key in ("class", "start", "stop"):
+            if key not in fields:
+                raise Refusal(f"has no {key!r}; add it")
+        label = class_number(fields["class"], names)
+        system = coordinate_system(fields["coordinate_system"])
+        start, stop = vector(fields["start"], "start", ndim), vector(fields["stop"], "stop", ndim)
+        if system == "voxel":
+            _check_voxels(start, stop, stored)
+            if target.same_as(stored):
+                return [label, *(int(side) for side in (*start, *stop))]
+            solid = voxel_solid(start, stop, stored.affine)
+        else:
+            solid = _millimetre_solid(start, stop, system)
+    if system != "voxel":
+        problem = overhang_of(solid, stored, np.full(ndim, SLACK_VOXELS))
+        if problem:
+            raise Refusal(problem + hint_at_system(solid, stored, system))
+    if not target.same_as(stored):
+        # The edge of a resampled grid may stand half a voxel of either grid inside the stored one: no crop.
+        steps = np.abs(np.linalg.solve(target.affine[:-1, :-1], stored.affine[:-1, :-1])).sum(axis=1)
+        problem = overhang_of(solid, target, SLACK_VOXELS * (1 + steps))
+        if problem:
+            raise Refusal(f"{problem}, as the image is now: read boxes before any crop")
+    return [label, *fit_to_grid(solid, target)]
+
+
+def _check_voxels(start: Array, stop: Array, grid: Grid) -> None:
+    """Refuse corners that are no whole numbers, no box, or not inside the grid."""
+    for name, corner in (("start", start), ("stop", stop)):
+        fractions = np.flatnonzero(corner != np.round(corner))
+        if fractions.size:
+            axis = int(fractions[0])
+            raise Refusal(
+                f"{name}_{axis + 1} is {corner[axis]:g}, voxel coordinates are whole numbers; "
+                "for millimetres set coordinate_system to RAS or LPS"
+            )
+    for axis, (low, high, size) in enumerate(zip(start, stop, grid.shape, strict=True), start=1):
+        if low >= high:
+            kind = "empty" if low == high else "inverted"
+            raise Refusal(
+                f"is {kind} along axis {axis} (start {low:g}, stop {high:g}); stop is the first index after it"
+            )
+        if low < 0 or high > size:
+            raise Refusal(overhang(low, high, size, axis))
+
+
+def _millimetre_solid(start: Array, stop: Array, system: str) -> Solid:
+    """Box between two opposite corners, in any order."""
+    if (start == stop).any():
+        axis = int(np.flatnonzero(start == stop)[0]) + 1
+        raise Refusal(f"is empty: start and stop are equal along axis {axis}; give it at least one voxel")
+    solid = Solid((start + stop) / 2, np.diag(np.abs(stop - start)))
+    return solid.mirrored() if system == "LPS" else solid
