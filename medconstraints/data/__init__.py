@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from medconstraints.data.box_files import BoxFileError, read_boxes, write_boxes
 
 if TYPE_CHECKING:
+    from medconstraints.data.datalist_sections import read_datalist
     from medconstraints.data.datalists import make_datalist
     from medconstraints.data.inference_files import check_output_dir, volumes_for_inference
     from medconstraints.data.manifests import check_dataset, load_manifest
@@ -20,6 +21,7 @@ __all__ = [
     "make_datalist",
     "make_phantom",
     "read_boxes",
+    "read_datalist",
     "volumes_for_inference",
     "write_boxes",
 ]
@@ -31,6 +33,7 @@ _MODULES = {
     "make_cohort": "phantoms",
     "make_datalist": "datalists",
     "make_phantom": "phantoms",
+    "read_datalist": "datalist_sections",
     "volumes_for_inference": "inference_files",
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
+
+from medconstraints.data.datalist_sections import read_datalist
 
 __all__ = ["check_output_dir", "volumes_for_inference"]
 
@@ -39,12 +40,7 @@ def volumes_for_inference(
     if source.is_dir():
         images = sorted(p for p in source.iterdir() if p.name.endswith(_ENDINGS) and not p.name.startswith("."))
     elif source.suffix == ".json" and source.is_file():
-        listed = json.loads(source.read_text())
-        if section not in listed:
-            found = sorted(key for key, value in listed.items() if isinstance(value, list))
-            raise ValueError(f"section: {source.name} has no section {section!r}, it has {found}.")
-        entries = [entry["image"] if isinstance(entry, dict) else entry for entry in listed[section]]
-        images = [source.parent / entry for entry in entries]
+        images = [Path(entry["image"]) for entry in read_datalist(source, section)]
     elif source.name.endswith(_ENDINGS) and source.is_file():
         images = [source]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,8 +100,9 @@ class SaveBestHandler:
     def __call__(self, engine: Engine) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            distributed = isinstance(self.network, nn.parallel.DistributedDataParallel)
-            module = self.network.module if distributed else self.network
+            module = self.network
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                module = module.module
             _save(module.state_dict(), self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
@@ -145,14 +147,25 @@ class ResumeHandler:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
+            # torch's advice for what is no file of weights is to load it with less care: not repeated here.
+            unpickling = isinstance(error, pickle.UnpicklingError) or not str(error)
+            reason = type(error).__name__ if unpickling else str(error).splitlines()[0]
             raise RuntimeError(
-                f"{self.path.name}: the last state of this run cannot be read ({error}); move it away to start again."
+                f"{self.path.name}: the last state of this run cannot be read ({reason}); move it away to start again."
             ) from error
-        missing = sorted(set(self.objects) - set(state))
+        known = set(state) if isinstance(state, dict) else set()
+        missing = sorted({*self.objects, "trainer"} - known)
         if missing:
             raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
         for name, obj in self.objects.items():
-            obj.load_state_dict(state[name])
+            try:
+                obj.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise RuntimeError(
+                    f"{self.path.name}: the state of {name!r} does not fit ({reason}); it belongs to another run, or "
+                    "this one was changed; move it away to start again."
+                ) from error
         engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
         if self.evaluator is not None and "evaluator" in state:
             self.evaluator.state.best_metric = state["evaluator"]["best_metric"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.handlers import (
     LrScheduleHandler,
@@ -22,6 +22,18 @@ from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationH
 from medconstraints.engines.prepare_batch import RestoreLabelHandler
 
 __all__ = ["training_handlers", "validation_handlers"]
+
+
+class _ValidateAlsoAtTheEnd(ValidationHandler):
+    """MONAI's handler, and after the last epoch: a run shorter than the interval would leave no weights."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+
+        def due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
 
 
 def training_handlers(
@@ -41,7 +53,7 @@ def training_handlers(
 
     Args:
         loss: its terms are logged when it has any.
-        evaluator: run after every `val_interval` epochs.
+        evaluator: run after every `val_interval` epochs, and after the last one.
         objects: name -> object with a state that a resumed run needs: network, optimizer, scheduler, loss.
         output_dir: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
         seed: see `EpochSeedHandler`.
@@ -58,7 +70,7 @@ def training_handlers(
         handlers.append(LossTermsHandler(loss, formulation))  # type: ignore[arg-type]
     if hasattr(formulation, "step"):
         handlers.append(StepFormulationHandler(formulation))
-    handlers.append(ValidationHandler(val_interval, evaluator))
+    handlers.append(_ValidateAlsoAtTheEnd(val_interval, evaluator))
     if rank == 0:
         first_loss = from_engine(["loss"], first=True)
         handlers += [

@@ -92,9 +92,8 @@ class TolerantEvaluator(SupervisedEvaluator):
             return {}
         name = "volume"
         try:
-            meta = getattr(batchdata["image"], "meta", {})
-            name = str(meta.get("filename_or_obj", name) if not isinstance(meta, list) else name)
-            name = name[2:-2] if name.startswith("['") else name
+            file = getattr(batchdata["image"], "meta", {}).get("filename_or_obj", name)
+            name = str(file[0] if isinstance(file, list) else file)  # collated: a list of one
             output = super()._iteration(engine, batchdata)
         except Exception as error:
             engine.state.output = {}

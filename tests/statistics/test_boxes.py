@@ -186,10 +186,8 @@ def test_gradient_of_the_slots(shape, rows, width, slice_axis, rng):
     factor = torch.from_numpy(rng.random(plan.starts.shape[:3]))
     _, slots = box_sums(probs, plan)
     (slots * factor).sum().backward()
-    expected = torch.zeros(shape, dtype=torch.float64)
-    images = expected if slice_axis is None else expected.movedim(2 + slice_axis, 1).flatten(0, 1)
-    if slice_axis is not None and shape[0] > 1:
-        images = images.clone()  # flattening copies; written back below
+    space = [n for axis, n in enumerate(shape[2:]) if axis != slice_axis]
+    images = torch.zeros(factor.shape[0], shape[1], *space, dtype=torch.float64)
     for image, k, m in np.ndindex(*factor.shape):
         index = tuple(map(slice, plan.starts[image, k, m].tolist(), plan.stops[image, k, m].tolist()))
         images[(image, k + plan.first_channel, *index)] += factor[image, k, m]

@@ -1,0 +1,73 @@
+"""One training epoch of the bundle box_prior with its loss against the same epoch with cross-entropy on full labels."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.bundle import ConfigParser
+from timing import medians_ms, write
+
+from medconstraints.data import make_cohort
+
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "box_prior"
+SHAPE = (48, 64, 48)
+
+
+def trainer(overlays: list[str], datalist: Path, output_dir: Path) -> Any:
+    """The bundle's trainer for one epoch, without validation, logs and checkpoints."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / f"{name}.json") for name in ["train", *overlays]])
+    parser.update(
+        {
+            "bundle_root": str(BUNDLE),
+            "dataset_dir": str(datalist.parent),
+            "output_dir": str(output_dir),
+            "epochs": 1,
+            "train#trainer#train_handlers": [],
+        }
+    )
+    return parser.get_parsed_content("train#trainer")
+
+
+def main() -> None:
+    """Print and write the ratio."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--output", default="docs/results/benchmark_box_prior_epoch.json")
+    arguments.add_argument("--runs", type=int, default=9)
+    arguments.add_argument("--volumes", type=int, default=16)
+    args = arguments.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        datalist = make_cohort(
+            Path(folder) / "cohort",
+            num_training=args.volumes,
+            num_validation=1,
+            num_test=1,
+            num_classes=2,
+            shape=SHAPE,
+            spacing_mm=(1.0, 1.0, 1.0),
+        )
+        boxes = trainer([], datalist, Path(folder))
+        labels = trainer(["full_supervision"], datalist, Path(folder))
+        labels.loss_function = lambda output, label: F.cross_entropy(output, label[:, 0].long())
+        for engine in (boxes, labels):
+            engine.logger.setLevel(logging.WARNING)
+        times = medians_ms({"boxes": boxes.run, "cross_entropy": labels.run}, runs=args.runs, warmup=1)
+    row = {
+        "case": f"{args.volumes} volumes of {' x '.join(map(str, SHAPE))}, 3 classes, a box per slice",
+        "epoch_with_cross_entropy_s": times["cross_entropy"] / 1e3,
+        "ratio": times["boxes"] / times["cross_entropy"],
+    }
+    sys.stdout.write(f"{row['case']}: {row['ratio']:.3f}x\n")
+    write(args.output, [row])
+
+
+if __name__ == "__main__":
+    main()

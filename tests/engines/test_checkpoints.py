@@ -1,0 +1,339 @@
+"""Seeds, the best weights, and resuming: a run that was cut off ends like one that was not."""
+
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose, Lambdad, RandGaussianNoised
+from torch import nn
+
+from medconstraints.engines import (
+    EpochSeedHandler,
+    ResumeHandler,
+    SamplerEpochHandler,
+    SaveBestHandler,
+    StepFormulationHandler,
+)
+from medconstraints.formulations import LogBarrierExtension
+
+
+class StopRunError(Exception):
+    """A run that is cut off."""
+
+
+def stop_after(engine, epoch):
+    """Cut the run off in the first iteration after `epoch`."""
+
+    def stop(engine):
+        if engine.state.epoch > epoch:
+            raise StopRunError
+
+    engine.add_event_handler(Events.ITERATION_STARTED, stop)
+
+
+# EpochSeedHandler
+
+
+def draws_of_run(seed, *, first_epoch=1, max_epochs=3, rank=0):
+    """What three generators and a random transform draw in each epoch."""
+    noisy = Dataset([{"image": torch.zeros(1, 4)}], Compose([RandGaussianNoised("image", prob=1.0)]))
+    engine = Engine(lambda engine, batch: None)
+    if first_epoch > 1:  # what ResumeHandler does
+        engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", first_epoch - 1))
+    EpochSeedHandler(seed, noisy, rank=rank).attach(engine)
+    draws = []
+
+    @engine.on(Events.ITERATION_STARTED)
+    def draw(engine):
+        state = (torch.rand(()).item(), np.random.rand(), random.random(), *noisy[0]["image"][0].tolist())  # noqa: NPY002
+        draws.append((engine.state.epoch, state))
+
+    engine.run([0], max_epochs=max_epochs)
+    return dict(draws)
+
+
+def test_same_draws_on_resume():
+    whole = draws_of_run(7)
+    assert list(whole) == [1, 2, 3]
+    assert draws_of_run(7, first_epoch=3) == {3: whole[3]}
+    assert len({draw for epoch in whole.values() for draw in epoch}) == sum(map(len, whole.values()))
+
+
+@pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7, "rank": 1}])
+def test_other_seed_or_process_other_draws(other):
+    one, two = draws_of_run(7), draws_of_run(**other)
+    assert all(one[epoch][i] != two[epoch][i] for epoch in one for i in range(4))
+
+
+def test_seeds_without_a_dataset_and_any_size():
+    engine = Engine(lambda engine, batch: torch.rand(()).item())
+    EpochSeedHandler(2**31 - 1).attach(engine)  # the sum with the epoch does not fit numpy's 32 bits
+    first = engine.run([0], max_epochs=5).output
+    torch.rand(3)
+    engine.state.epoch = 0
+    assert engine.run([0], max_epochs=5).output == first
+
+
+def test_sampler_is_told_the_epoch():
+    class Sampler:
+        def __init__(self):
+            self.epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    sampler = Sampler()
+    engine = Engine(lambda engine, batch: None)
+    SamplerEpochHandler(sampler).attach(engine)
+    engine.run([0, 0], max_epochs=3)
+    assert sampler.epochs == [1, 2, 3]
+
+
+# SaveBestHandler
+
+
+def evaluator_of(network, handlers):
+    """Its key metric is the network's only weight."""
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset([{"image": torch.ones(1, 1), "label": torch.ones(1, 1)}]), batch_size=1),
+        network=network,
+        key_val_metric={"score": Average(output_transform=lambda output: output[0]["pred"].mean())},
+        val_handlers=handlers,
+    )
+
+
+def network_of(weight=0.0):
+    network = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(weight)
+    return network
+
+
+def validate(evaluator, network, weights, first_epoch=1):
+    """Saved weight after each validation."""
+    saved = []
+    for epoch, weight in enumerate(weights, start=first_epoch):
+        with torch.no_grad():
+            network.weight.fill_(weight)
+        evaluator.run(epoch)
+        path = evaluator.path
+        saved.append(torch.load(path, weights_only=True)["weight"].item() if path.exists() else None)
+    return saved
+
+
+def test_saves_only_what_is_better_than_ever(tmp_path, caplog):
+    network = network_of()
+    evaluator = evaluator_of(network, [SaveBestHandler(network, tmp_path / "run" / "model.pt")])
+    evaluator.path = tmp_path / "run" / "model.pt"
+    with caplog.at_level(logging.INFO, "medconstraints"):
+        assert validate(evaluator, network, [1, 3, 2, 3, 4]) == [1, 3, 3, 3, 4]
+    assert [r.message for r in caplog.records if r.name.startswith("medconstraints")] == [
+        f"best key metric {best:.4f}: saved model.pt" for best in (1, 3, 4)
+    ]
+    assert [path.name for path in evaluator.path.parent.iterdir()] == ["model.pt"]
+
+
+def test_best_weights_of_a_distributed_network_have_plain_names(tmp_path):
+    # Without its constructor, which needs a process group.
+    network = nn.Module.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(network)
+    network.module = network_of(2)
+    engine = Engine(lambda engine, batch: None)
+    engine.state.best_metric, engine.state.best_metric_epoch = 1.0, engine.state.epoch
+    SaveBestHandler(network, tmp_path / "model.pt")(engine)
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight"}
+
+
+def test_the_best_value_survives_a_restart(tmp_path):
+    """MONAI's own CheckpointSaver would overwrite the weights of epoch 2 with the worse ones of epoch 3."""
+
+    def run(weights, first_epoch):
+        network = network_of()
+        evaluator = evaluator_of(network, [SaveBestHandler(network, tmp_path / "model.pt")])
+        evaluator.path = tmp_path / "model.pt"
+        trainer = Engine(lambda engine, batch: None)
+        ResumeHandler(tmp_path / "last.pt", {"network": network}, evaluator=evaluator).attach(trainer)
+        saved = []
+        trainer.add_event_handler(
+            Events.EPOCH_STARTED,
+            lambda engine: saved.extend(
+                validate(evaluator, network, [weights[engine.state.epoch - first_epoch]], engine.state.epoch)
+            ),
+        )
+        trainer.run([0], max_epochs=first_epoch + len(weights) - 1)
+        return saved
+
+    assert run([1, 3], 1) == [1, 3]
+    assert run([2, 2.5, 4], 3) == [3, 3, 4]
+
+
+# ResumeHandler
+
+
+class Run:
+    """A network with dropout, momentum, a learning rate schedule and a barrier, trained on random data."""
+
+    def __init__(self, folder, *, max_epochs, width=8, save=True):
+        torch.manual_seed(1)  # a new process starts from its own state
+        self.network = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+        self.barrier = LogBarrierExtension(factor=1.1)
+        self.engine = Engine(self.update)
+        self.max_epochs = max_epochs
+        objects = {
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "barrier": self.barrier,
+        }
+        self.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.scheduler.step())
+        EpochSeedHandler(0).attach(self.engine)
+        StepFormulationHandler(self.barrier).attach(self.engine)
+        ResumeHandler(folder / "last.pt", objects, save=save).attach(self.engine)
+
+    def update(self, engine, batch):
+        self.optimizer.zero_grad()
+        loss = self.barrier(self.network(torch.randn(3, 4))).mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def __call__(self):
+        self.engine.run(range(3), max_epochs=self.max_epochs)
+        return self
+
+    def state(self):
+        return [
+            *(p.clone() for p in self.network.parameters()),
+            self.barrier.t.clone(),
+            torch.tensor(self.scheduler.get_last_lr()),
+        ]
+
+
+def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path, caplog):
+    whole = Run(tmp_path / "whole", max_epochs=4)()
+    cut = Run(tmp_path / "cut", max_epochs=4)
+    stop_after(cut.engine, 2)
+    with pytest.raises(StopRunError):
+        cut()
+    again = Run(tmp_path / "cut", max_epochs=4)
+    with caplog.at_level(logging.INFO, "medconstraints"):
+        again()
+    assert "resumed after epoch 2 from last.pt" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
+    assert (again.engine.state.epoch, again.engine.state.iteration) == (4, 12)
+    # ... and this test can fail: the state of the network alone is not enough.
+    assert not torch.equal(cut.state()[0], whole.state()[0])
+
+
+def test_all_epochs_done(tmp_path, caplog):
+    done = Run(tmp_path, max_epochs=2)()
+    written = (tmp_path / "last.pt").read_bytes()
+    again = Run(tmp_path, max_epochs=2)
+    with caplog.at_level(logging.INFO, "medconstraints"):
+        again()
+    assert "all 2 epochs are done already; raise the number of epochs to go on" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(done.state(), again.state(), strict=True))
+    assert (tmp_path / "last.pt").read_bytes() == written
+    assert Run(tmp_path, max_epochs=3)().engine.state.epoch == 3
+
+
+def test_only_the_first_process_writes(tmp_path):
+    Run(tmp_path, max_epochs=1, save=False)()
+    assert not list(tmp_path.iterdir())
+    Run(tmp_path, max_epochs=1)()
+    assert Run(tmp_path, max_epochs=2, save=False)().engine.state.epoch == 2
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["trainer"]["epoch"] == 1
+
+
+def test_a_kill_while_writing_leaves_the_former_state(tmp_path, monkeypatch):
+    Run(tmp_path, max_epochs=1)()
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def half(state, path):
+        path.write_bytes(before[: len(before) // 2])
+        raise StopRunError
+
+    monkeypatch.setattr("medconstraints.engines.checkpoints.torch.save", half)
+    with pytest.raises(StopRunError):
+        Run(tmp_path, max_epochs=2)()
+    monkeypatch.undo()
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / "last.pt.part").exists()
+    assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2  # the leftover does no harm,
+    assert not (tmp_path / "last.pt.part").exists()  # and is used up by the next write
+
+
+class Payload:
+    """Runs code when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "pickle with code"])
+def test_unreadable_state_gives_a_clear_error(tmp_path, spoil):
+    Run(tmp_path, max_epochs=1)()
+    path = tmp_path / "last.pt"
+    if spoil == "pickle with code":
+        torch.save({"network": Payload(tmp_path / "ran")}, path)
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"epoch 1"}[spoil])
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match=r"last\.pt: the last state of this run cannot be read .*; move it away"):
+        Run(tmp_path, max_epochs=2)()
+    assert path.read_bytes() == before
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("barrier"), r"last\.pt: has no state of \['barrier'\]; it belongs to another run"),
+        (lambda state: state.pop("trainer"), r"last\.pt: has no state of \['trainer'\]; it belongs to another run"),
+        (lambda state: [state.pop(k) for k in ("optimizer", "network")], r"no state of \['network', 'optimizer'\]"),
+        (lambda state: state["network"].pop("0.bias"), r"last\.pt: the state of 'network' does not fit .*move it away"),
+        (
+            lambda state: state["optimizer"]["param_groups"].pop(),
+            r"last\.pt: the state of 'optimizer' does not fit .*move it away",
+        ),
+    ],
+)
+def test_state_of_another_run(tmp_path, change, message):
+    Run(tmp_path, max_epochs=1)()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError, match=message):
+        Run(tmp_path, max_epochs=2)()
+
+
+def test_weights_of_another_architecture(tmp_path):
+    Run(tmp_path, max_epochs=1)()
+    with pytest.raises(RuntimeError, match=r"last\.pt: the state of 'network' does not fit .*size mismatch"):
+        Run(tmp_path, max_epochs=2, width=5)()
+
+
+def test_a_plain_checkpoint_is_no_state_of_a_run(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "last.pt")
+    with pytest.raises(RuntimeError, match=r"last\.pt: has no state of .*network"):
+        Run(tmp_path, max_epochs=1)()
+
+
+def test_lambda_transforms_do_not_disturb_seeding():
+    """A data set without anything random is seeded too."""
+    engine = Engine(lambda engine, batch: None)
+    EpochSeedHandler(0, Dataset([{"image": torch.ones(1)}], Lambdad("image", lambda x: x))).attach(engine)
+    engine.run([0], max_epochs=1)

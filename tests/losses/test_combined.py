@@ -1,0 +1,129 @@
+"""A weighted sum of losses, each with its own target."""
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.losses import DiceLoss
+from torch import nn
+
+from medconstraints.formulations import LogBarrierExtension
+from medconstraints.losses import BoxPriorLoss, CombinedLoss
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def target():
+    label = torch.zeros(2, 1, 8, 8)
+    label[:, :, 2:6, 3:7] = 1
+    return {"boxes": torch.tensor([[[1, 2, 3, 6, 7]], [[1, 2, 3, 6, 7]]]), "label": label}
+
+
+def parts():
+    return {
+        "boxes": BoxPriorLoss(LogBarrierExtension(), softmax=True),
+        "dice": DiceLoss(softmax=True, to_onehot_y=True),
+    }
+
+
+def test_is_the_weighted_sum(logits, target):
+    losses = parts()
+    combined = CombinedLoss(losses, keys={"dice": "label"}, weights={"boxes": 0.3, "dice": 2.0})
+    expected = 0.3 * losses["boxes"](logits, target["boxes"]) + 2.0 * losses["dice"](logits, target["label"])
+    value = combined(logits, target)
+    assert value.shape == ()
+    torch.testing.assert_close(value, expected)
+
+
+def test_gradient_is_the_weighted_sum(logits, target):
+    losses, grads = parts(), []
+    for function in (
+        CombinedLoss(losses, keys={"dice": "label"}, weights={"dice": 0.5}),
+        lambda x, y: losses["boxes"](x, y["boxes"]) + 0.5 * losses["dice"](x, y["label"]),
+    ):
+        own = logits.clone().requires_grad_()
+        function(own, target).backward()
+        grads.append(own.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_names_are_the_keys_and_one_is_the_weight_unless_given(logits, target):
+    loss = CombinedLoss({"label": DiceLoss(softmax=True, to_onehot_y=True)})
+    torch.testing.assert_close(loss(logits, target), DiceLoss(softmax=True, to_onehot_y=True)(logits, target["label"]))
+
+
+def test_a_plain_tensor_goes_to_every_loss(logits, target):
+    loss = CombinedLoss({"a": nn.CrossEntropyLoss(), "b": nn.CrossEntropyLoss()}, weights={"b": 2.0})
+    label = target["label"][:, 0].long()
+    torch.testing.assert_close(loss(logits, label), 3 * nn.CrossEntropyLoss()(logits, label))
+
+
+def test_weights_are_read_at_every_pass(logits, target):
+    loss = CombinedLoss(parts(), keys={"dice": "label"})
+    first = loss(logits, target)
+    loss.weights["boxes"] = 0.0
+    terms = loss.terms()
+    torch.testing.assert_close(loss(logits, target), first - terms["boxes"])
+
+
+def test_terms(logits, target):
+    loss = CombinedLoss(parts(), keys={"dice": "label"}, weights={"boxes": 0.5})
+    value = loss(logits.requires_grad_(), target)
+    terms = loss.terms()
+    own = {"tightness", "size", "emptiness", "satisfied_tightness", "satisfied_size"}
+    assert set(terms) == {"boxes", "dice"} | {f"boxes_{name}" for name in own}
+    assert all(term.shape == () and not term.requires_grad for term in terms.values())
+    torch.testing.assert_close(terms["boxes"] + terms["dice"], value.detach())
+    unweighted = terms["boxes_tightness"] + terms["boxes_size"] + terms["boxes_emptiness"]
+    torch.testing.assert_close(0.5 * unweighted, terms["boxes"])
+
+
+def test_meta_tensors_give_a_plain_tensor(logits, target):
+    loss = CombinedLoss(parts(), keys={"dice": "label"})
+    value = loss(MetaTensor(logits), {name: MetaTensor(entry) for name, entry in target.items()})
+    assert type(value) is torch.Tensor
+    torch.testing.assert_close(value, loss(logits, target))
+
+
+def test_state_of_the_parts_is_kept():
+    loss = CombinedLoss(parts())
+    assert list(loss.state_dict()) == ["losses.boxes.formulation.t"]
+    loss.losses["boxes"].formulation.step()
+    other = CombinedLoss(parts())
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other.losses["boxes"].formulation.t, loss.losses["boxes"].formulation.t)
+
+
+def test_a_missing_target_is_named(logits, target):
+    loss = CombinedLoss(parts(), keys={"dice": "segmentation"})
+    with pytest.raises(KeyError, match=r"no entry 'segmentation' for the loss 'dice', got \['boxes', 'label'\]; add"):
+        loss(logits, target)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "error", "words"),
+    [
+        ([DiceLoss()], {}, TypeError, "losses: expected a mapping from names to loss modules"),
+        ({"dice": lambda x, y: x}, {}, TypeError, "losses: expected a mapping from names to loss modules"),
+        ({}, {}, ValueError, "losses: expected at least one loss, got none"),
+        (
+            {"a": DiceLoss()},
+            {"keys": {"b": "label"}},
+            ValueError,
+            r"keys: \['b'\] name no loss; the losses are \['a'\]",
+        ),
+        ({"a": DiceLoss()}, {"weights": {"b": 1.0}}, ValueError, r"weights: \['b'\] name no loss"),
+        (
+            {"a": DiceLoss()},
+            {"weights": {"a": float("nan")}},
+            ValueError,
+            "weights: expected finite numbers, got nan for 'a'",
+        ),
+    ],
+)
+def test_refuses_senseless_settings(losses, options, error, words):
+    with pytest.raises(error, match=words):
+        CombinedLoss(losses, **options)
