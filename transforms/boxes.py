@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms import MapTransform
 from scipy import ndimage
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def label_to_boxes(
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 1 + 2 * dims)
 
 
-class LabelToBoxesd(Randomizable, MapTransform):
+class LabelToBoxesd(MapTransform):
     """Boxes of a label, for experiments that pretend that only boxes were drawn.
 
     Reads the label at `keys`, (1, *S), and writes `boxes_key`, (N, 1 + 2 D) int64 as `label_to_boxes` returns it, and
@@ -86,7 +87,9 @@ class LabelToBoxesd(Randomizable, MapTransform):
         margin_voxels: grows every side by this many voxels, clipped at the image (Kervadec 2020, table 6.2 uses 10);
             flat boxes stay flat.
         jitter_voxels: moves every side by a random whole number of voxels in [-jitter, jitter]; a box keeps at least
-            one voxel. Drawn again at every call.
+            one voxel. Like the error of a person who drew the box, it is drawn once: the same label gets the same
+            boxes at every call and in every process, and caching data sets may keep them.
+        seed: of the jitter.
         min_voxels: components smaller than this get no box.
         allow_missing_keys: leave items without a label as they are.
 
@@ -104,6 +107,7 @@ class LabelToBoxesd(Randomizable, MapTransform):
         margin_voxels: int = 0,
         jitter_voxels: int = 0,
         min_voxels: int = 1,
+        seed: int = 0,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -116,6 +120,7 @@ class LabelToBoxesd(Randomizable, MapTransform):
         self.margin_voxels = int(margin_voxels)
         self.jitter_voxels = int(jitter_voxels)
         self.min_voxels = min_voxels
+        self.seed = int(seed)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the boxes to a copy of `data`."""
@@ -142,9 +147,10 @@ class LabelToBoxesd(Randomizable, MapTransform):
         dims = len(size)
         start, stop = boxes[:, 1 : 1 + dims] - self.margin_voxels, boxes[:, 1 + dims :] + self.margin_voxels
         if self.jitter_voxels:
+            random = np.random.default_rng([self.seed, zlib.crc32(np.ascontiguousarray(boxes).tobytes())])
             low, high = -self.jitter_voxels, self.jitter_voxels + 1
-            start = start + self.R.randint(low, high, start.shape)
-            stop = stop + self.R.randint(low, high, stop.shape)
+            start = start + random.integers(low, high, start.shape)
+            stop = stop + random.integers(low, high, stop.shape)
         start = np.clip(start, 0, size - 1)
         stop = np.clip(np.maximum(stop, start + 1), 1, size)
         if self.slice_axis is not None:

@@ -50,9 +50,14 @@ def read_datalist(path: str | Path, section: str) -> list[dict[str, Any]]:
         for key in PATH_KEYS:
             if key in entry:
                 value = entry[key]
-                several = isinstance(value, list)
-                paths = [str(file.parent / part) for part in (value if several else [value])]
-                entry[key] = paths if several else paths[0]
+                parts = value if isinstance(value, list) else [value]
+                if not parts or not all(isinstance(part, str) for part in parts):
+                    raise ValueError(
+                        f"datalist: entry {number} of {section!r} in {file.name}: expected a path under {key!r}, or a "
+                        f"list of paths, got {value!r}."
+                    )
+                paths = [str(file.parent / part) for part in parts]
+                entry[key] = paths if isinstance(value, list) else paths[0]
         entries.append(entry)
     if not entries:
         raise ValueError(f"datalist: section {section!r} of {file.name} is empty.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from medconstraints.data.datalist_sections import read_datalist
 
@@ -32,7 +33,8 @@ def volumes_for_inference(
 
     Raises:
         FileNotFoundError: the source does not exist or holds no volume.
-        ValueError: the datalist has no such section, or two volumes have one name.
+        ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, or two volumes have
+            one name.
         FileExistsError: a mask exists already and `overwrite` is False.
         PermissionError: the output folder cannot be written to.
     """
@@ -40,7 +42,7 @@ def volumes_for_inference(
     if source.is_dir():
         images = sorted(p for p in source.iterdir() if p.name.endswith(_ENDINGS) and not p.name.startswith("."))
     elif source.suffix == ".json" and source.is_file():
-        images = [Path(entry["image"]) for entry in read_datalist(source, section)]
+        images = [_nifti(entry["image"], number, source) for number, entry in enumerate(read_datalist(source, section))]
     elif source.name.endswith(_ENDINGS) and source.is_file():
         images = [source]
     else:
@@ -87,6 +89,15 @@ def check_output_dir(output_dir: str | Path, names: list[str], *, overwrite: boo
             "choose another folder, move them away, or set overwrite to true."
         )
     return folder
+
+
+def _nifti(image: Any, number: int, source: Path) -> Path:
+    if isinstance(image, str) and image.endswith(_ENDINGS):
+        return Path(image)
+    raise ValueError(
+        f"source: entry {number} of {source.name}: expected one .nii or .nii.gz file per volume, got {image!r}; "
+        "convert other formats first."
+    )
 
 
 def _stem(path: Path) -> str:

@@ -1,13 +1,14 @@
 """Ignite engines, handlers and batch preparation."""
 
 from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SamplerEpochHandler, SaveBestHandler
-from medconstraints.engines.handler_lists import training_handlers, validation_handlers
+from medconstraints.engines.handler_lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationHandler
 from medconstraints.engines.prepare_batch import PrepareBatchTargets, RestoreLabelHandler
 
 __all__ = [
     "EpochSeedHandler",
+    "HandlerList",
     "LossTermsHandler",
     "PrepareBatchTargets",
     "RestoreLabelHandler",

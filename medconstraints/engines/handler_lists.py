@@ -21,7 +21,20 @@ from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, 
 from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationHandler
 from medconstraints.engines.prepare_batch import RestoreLabelHandler
 
-__all__ = ["training_handlers", "validation_handlers"]
+__all__ = ["HandlerList", "training_handlers", "validation_handlers"]
+
+
+class HandlerList(list[Any]):
+    """Handlers in their order, and itself a handler that attaches them all.
+
+    In a config it is one entry of a list of handlers, which is what `check_properties()` and `--tracking` of
+    `monai.bundle` expect.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach every handler to the engine."""
+        for handler in self:
+            handler.attach(engine)
 
 
 class _ValidateAlsoAtTheEnd(ValidationHandler):
@@ -48,7 +61,7 @@ def training_handlers(
     formulation: Any = None,
     val_interval: int = 1,
     rank: int = 0,
-) -> list[Any]:
+) -> HandlerList:
     """Handlers of a trainer, in an order in which they work together.
 
     Args:
@@ -80,10 +93,11 @@ def training_handlers(
             ),
             ProgressBar(desc="training"),
         ]
-    return [*handlers, ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0)]
+    handlers.append(ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0))
+    return HandlerList(handlers)
 
 
-def validation_handlers(*, network: nn.Module, output_dir: str, rank: int = 0) -> list[Any]:
+def validation_handlers(*, network: nn.Module, output_dir: str, rank: int = 0) -> HandlerList:
     """Handlers of the evaluator in training: logs, and the best weights as `output_dir/model.pt`.
 
     Args:
@@ -92,9 +106,10 @@ def validation_handlers(*, network: nn.Module, output_dir: str, rank: int = 0) -
         rank: number of the process in distributed training; only process 0 logs and saves.
     """
     if rank:
-        return []
-    return [
+        return HandlerList()
+    handlers = [
         StatsHandler(name="train_loss", iteration_log=False),
         TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", iteration_log=False),
         SaveBestHandler(network, f"{output_dir}/model.pt"),
     ]
+    return HandlerList(handlers)

@@ -1,7 +1,6 @@
 """LossTermsHandler and StepFormulationHandler: once per epoch, and the means are means."""
 
 import pytest
-import torch
 from ignite.engine import Events
 from torch import nn
 

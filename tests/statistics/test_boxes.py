@@ -311,6 +311,14 @@ def test_gradcheck_of_every_entry(rng):
     assert torch.autograd.gradcheck(lambda p: box_sums(p, plan), probs)
 
 
+def test_only_first_derivatives(rng):
+    probs = torch.from_numpy(rng.random((1, 2, 5, 5))).requires_grad_()
+    segments, _ = box_sums(probs, planned(probs.shape, [[[1, 0, 0, 4, 4]]]))
+    (grad,) = torch.autograd.grad(segments.square().sum(), probs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @table
 def test_float32_gradient(shape, rows, width, slice_axis, rng):
     plan = planned(shape, rows, width, slice_axis)
