@@ -5,6 +5,7 @@ from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
 from medconstraints.transforms.chains import boxes_from, inference_postprocessing, read_volumes
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
+from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.size_bounds import fit_size_bounds
 
@@ -14,6 +15,7 @@ __all__ = [
     "LabelToBoxesd",
     "LoadBoxesd",
     "LoadVolumed",
+    "RandCropToBoxd",
     "VolumeError",
     "boxes_from",
     "fit_size_bounds",

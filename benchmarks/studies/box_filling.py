@@ -1,4 +1,4 @@
-"""From which filling ratio on are 3D boxes enough? Phantoms of a given ratio, trained with 3D boxes, flat boxes, labels.
+"""From which filling ratio on are 3D boxes enough? Phantoms of a given ratio; 3D boxes, flat boxes and labels.
 
 For every ratio a cohort of phantoms whose organ fills that share of its box is made; the bundle's network is trained
 on it three times with the same seed and number of epochs, and the Dice on the test volumes is written down.
@@ -23,7 +23,7 @@ from medconstraints.data import make_cohort, read_datalist
 from medconstraints.transforms import fit_size_bounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from timing import write  # noqa: E402
+from timing import write
 
 BUNDLE = Path(__file__).resolve().parent.parent.parent / "bundles" / "box_prior"
 SHAPE = (32, 32, 24)

@@ -28,10 +28,7 @@ FILES = (
     "docs/data_license.txt",
     "models/model.pt",
 )
-REQUIRED_METADATA = (
-    "schema version changelog monai_version pytorch_version numpy_version required_packages_version task description "
-    "authors copyright network_data_format"
-).split()
+REQUIRED_METADATA = ["schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task", "description", "authors", "copyright", "network_data_format"]
 TENSOR_KEYS = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
 LARGEST_WEIGHTS = 5 * 2**20
 
