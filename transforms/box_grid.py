@@ -61,7 +61,9 @@ class BoxesToGridd(MapTransform):
     Reads `keys`, (N, 1 + 2 D), the affine `key + "_affine"` that `LabelToBoxesd` or `LoadBoxesd` left beside them, and
     the image's present affine, which MONAI's spatial transforms keep up to date. Boxes that lie wholly outside the
     image (after a crop) are dropped; one that a crop cuts keeps its full extent, so that the loss can see the cut.
-    The affine key is removed: the numbers now belong to the image.
+    The affine key is removed: the numbers now belong to the image. Pad before cropping: what is padded after a crop
+    looks like image, and the cut is no longer seen. Transforms that move voxels without telling the affine (MONAI's
+    `Transposed`) must not stand in between.
 
     Args:
         keys: keys of the boxes.

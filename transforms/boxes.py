@@ -136,8 +136,8 @@ class LabelToBoxesd(MapTransform):
                 label[0], mode=self.mode, slice_axis=self.slice_axis, min_voxels=self.min_voxels
             ).numpy()
             item[self.boxes_key] = torch.from_numpy(self._loosen(boxes, np.array(label.shape[1:])))
-            affine = label.affine if isinstance(label, MetaTensor) else torch.eye(4)
-            item[f"{self.boxes_key}_affine"] = torch.as_tensor(affine, dtype=torch.float64).clone()
+            if isinstance(label, MetaTensor):  # a plain tensor has no grid; BoxesToGridd then says so
+                item[f"{self.boxes_key}_affine"] = torch.as_tensor(label.affine, dtype=torch.float64).clone()
         return item
 
     def _loosen(self, boxes: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -20,12 +20,22 @@ def pad_boxes_collate(batch: Sequence[Any], keys: Sequence[Hashable] = ("boxes",
 
     Returns:
         The collated batch; boxes have shape (B, max N, 1 + 2 D), class -1 marks padding.
+
+    Raises:
+        ValueError: some items have boxes under a key and others do not.
     """
     flat: list[Mapping[Hashable, Any]] = [i for entry in batch for i in (entry if isinstance(entry, list) else [entry])]
     items = [dict(item) for item in flat]
     for key in keys:
         if not any(key in item for item in items):
             continue
+        lacking = [number for number, item in enumerate(items) if key not in item]
+        if lacking:
+            has = sorted(map(str, items[lacking[0]]))
+            raise ValueError(
+                f"{key}: some items of the batch have it, but item {lacking[0]} has only {has}; "
+                "give a volume without boxes an empty (0, 1 + 2 D) tensor."
+            )
         most = max(len(item[key]) for item in items)
         for item in items:
             boxes = torch.as_tensor(item[key])

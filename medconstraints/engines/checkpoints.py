@@ -110,7 +110,8 @@ class SaveBestHandler:
 class ResumeHandler:
     """Saves everything a run needs after each epoch, and goes on from there when the file exists at the start.
 
-    Put it last among the trainer's handlers, so that it saves what the others changed.
+    Put it last among the trainer's handlers, so that it saves what the others changed. The trainer's gradient scaler
+    of mixed precision is kept too: it would skip the first steps of a resumed run until its scale fits again.
 
     Args:
         path: the file, such as `output/last.pt`.
@@ -136,6 +137,8 @@ class ResumeHandler:
     def _write(self, engine: Engine) -> None:
         state: dict[str, Any] = {name: obj.state_dict() for name, obj in self.objects.items()}
         state["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        if getattr(engine, "scaler", None) is not None:
+            state["scaler"] = engine.scaler.state_dict()
         if self.evaluator is not None:
             best = self.evaluator.state
             state["evaluator"] = {"best_metric": float(best.best_metric), "best_metric_epoch": best.best_metric_epoch}
@@ -167,6 +170,8 @@ class ResumeHandler:
                     "this one was changed; move it away to start again."
                 ) from error
         engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
+        if getattr(engine, "scaler", None) is not None and state.get("scaler"):
+            engine.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None and "evaluator" in state:
             self.evaluator.state.best_metric = state["evaluator"]["best_metric"]
             self.evaluator.state.best_metric_epoch = state["evaluator"]["best_metric_epoch"]

@@ -75,7 +75,12 @@ def training_handlers(
         formulation: stepped after each epoch, when it has a `step`.
         val_interval: epochs between validations.
         rank: number of the process in distributed training; only process 0 logs and saves.
+
+    Raises:
+        ValueError: `val_interval` is below 1.
     """
+    if val_interval < 1:
+        raise ValueError(f"val_interval: expected an integer >= 1 (epochs), got {val_interval!r}.")
     handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
     if lr_scheduler is not None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))

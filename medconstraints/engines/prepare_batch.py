@@ -19,11 +19,10 @@ class PrepareBatchTargets(PrepareBatch):
 
     Args:
         target_keys: keys of the batch that the losses need.
-        host_keys: those of them that stay on the CPU: boxes, which `BoxPriorLoss` plans there.
+        host_keys: those of them that stay on the CPU: boxes, which `BoxPriorLoss` plans there. Others are ignored.
         image_key: key of the image.
 
     Raises:
-        ValueError: a host key is no target key.
         KeyError: at the call, when the batch lacks a key; the message lists what it has.
     """
 

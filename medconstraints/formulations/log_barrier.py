@@ -52,10 +52,7 @@ class LogBarrierExtension(nn.Module):
 
     def forward(self, residual: Tensor) -> Tensor:
         """Cost of each residual, same shape, computed in at least float32."""
-        if residual.dtype in (torch.float16, torch.bfloat16):
-            residual = residual.float()
-        t = self.t.to(dtype=residual.dtype)
-        threshold = -1 / t.square()
+        residual, t, threshold = self._prepared(residual)
         # Both branches of `where` are differentiated: the argument of the logarithm must be negative in either.
         barrier = -torch.log(-residual.clamp(max=threshold)) / t
         line = t * residual + (2 * torch.log(t) + 1) / t
@@ -64,8 +61,15 @@ class LogBarrierExtension(nn.Module):
     def dual(self, residual: Tensor) -> Tensor:
         """Implicit dual variable psi_t'(z) of each constraint (eq. 3.10), same shape, no gradient."""
         with torch.no_grad():
-            t = self.t.to(dtype=residual.dtype)
-            return torch.where(residual <= -1 / t.square(), -1 / (t * residual.clamp(max=-1 / t.square())), t)
+            residual, t, threshold = self._prepared(residual)
+            return torch.where(residual <= threshold, -1 / (t * residual.clamp(max=threshold)), t)
+
+    def _prepared(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual in at least float32, t in its type, and -1 / t^2, which must not be rounded to 0."""
+        if residual.dtype in (torch.float16, torch.bfloat16):
+            residual = residual.float()
+        t = self.t.to(dtype=residual.dtype)
+        return residual, t, -t.reciprocal().square().clamp(min=torch.finfo(residual.dtype).tiny)
 
     def step(self) -> None:
         """Raise the barrier: `t <- min(t * factor, max_t)`; call it once after each epoch."""

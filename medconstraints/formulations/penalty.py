@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["QuadraticPenalty"]
@@ -10,7 +11,8 @@ __all__ = ["QuadraticPenalty"]
 class QuadraticPenalty(nn.Module):
     """Cost `max(residual, 0)^2`: nothing while satisfied, quadratic in the violation (Kervadec 2020, eq. 2.3).
 
-    Input and output have one shape; the output's unit is the square of the residual's. The gradient is continuous.
+    Input and output have one shape; the output's unit is the square of the residual's. Half precision is raised to
+    float32. The gradient is continuous.
 
     Example:
         >>> import torch
@@ -20,6 +22,8 @@ class QuadraticPenalty(nn.Module):
 
     def forward(self, residual: Tensor) -> Tensor:
         """Cost of each residual; see the class."""
+        if residual.dtype in (torch.float16, torch.bfloat16):
+            residual = residual.float()
         return residual.clamp(min=0).square()
 
     def step(self) -> None:

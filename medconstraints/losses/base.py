@@ -37,7 +37,7 @@ class ProbabilityLoss(_Loss):
     def probabilities(self, input: Tensor) -> Tensor:
         """Activated input, at least float32: half precision overflows in sums over volumes."""
         input = plain(input)
-        if not input.is_floating_point() or input.dim() < 4:
+        if not input.is_floating_point() or input.dim() not in (4, 5):
             raise ValueError(
                 f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
                 f"{tuple(input.shape)}; add the batch and channel axes."

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medconstraints.losses.base import ProbabilityLoss, plain
-from medconstraints.statistics.box_plan import BoxPlan, plan_boxes
+from medconstraints.statistics.box_plan import BoxPlan, check_width, plan_boxes
 from medconstraints.statistics.boxes import box_sums, inside_mask
 
 __all__ = ["BoxPriorLoss"]
@@ -28,11 +29,12 @@ class BoxPriorLoss(ProbabilityLoss):
     - emptiness: nothing outside the boxes, psi(V_O) (eq. 6.1), or the cross-entropy -sum_outside log(1 - s) instead.
 
     `normalization="relative"` (default) divides each residual by its own scale: a band's by its width, a size by
-    |Omega_I|, V_O by the mean |Omega_I| of the class in the batch. The costs of a class are averaged over its images,
-    each weighing as much as its boxes hold voxels (so that a voxel pulls alike in a large box and in the small box at
-    the end of an organ), the tightness over the bands of an image first; then over the classes that have boxes. A
-    weight and t then mean the same whatever the image size, the number of boxes, w and the dimension. An image without
-    a box of a class has only the emptiness term for it.
+    |Omega_I|, V_O by the mean |Omega_I| of the class in the batch. Tightness is averaged over the bands of an image,
+    then tightness and size over the images of the class, each weighing as much as its boxes hold voxels; emptiness is
+    summed over all images and divided by the number of images with boxes; then all over the classes that have boxes.
+    In this way a voxel pulls alike inside a large box, inside the small box at the end of an organ, and outside, and a
+    weight means the same whatever the image size and the number of boxes. An image without a box of a class has only
+    the emptiness term for it.
 
     `normalization="paper"` is eq. 6.6 as published: residuals in voxels, the tightness a plain sum over bands, V the
     size in the whole image, size and emptiness divided by the number of voxels of the image, sums over classes, mean
@@ -88,15 +90,12 @@ class BoxPriorLoss(ProbabilityLoss):
             raise TypeError(
                 f"formulation: expected a module such as LogBarrierExtension(), got {type(formulation).__name__}."
             )
-        if int(width) != width or width < 1:
-            raise ValueError(f"width: expected an integer >= 1 (lines per band), got {width!r}.")
-        bounds = np.asarray(size_bounds, dtype=np.float64).reshape(-1, 2) if np.size(size_bounds) % 2 == 0 else None
-        if (
-            bounds is None
-            or not len(bounds)
-            or not ((bounds >= 0) & (bounds <= 1)).all()
-            or (np.diff(bounds) < 0).any()
-        ):
+        check_width(width)
+        try:
+            bounds = np.asarray(size_bounds, dtype=np.float64).reshape(-1, 2)
+        except (TypeError, ValueError):
+            bounds = np.zeros((0, 2))
+        if not len(bounds) or not ((bounds >= 0) & (bounds <= 1)).all() or (np.diff(bounds) < 0).any():
             raise ValueError(
                 "size_bounds: expected (lower, upper) shares of the box with 0 <= lower <= upper <= 1, or one such "
                 f"pair per foreground class, got {size_bounds!r}."
@@ -138,25 +137,28 @@ class BoxPriorLoss(ProbabilityLoss):
             )
             segments, slots = box_sums(probs, plan)
             total = slots[..., 0]
-            outside: Tensor | None = None
-            volume = torch.from_numpy(plan.box_volume).to(probs.device, non_blocking=True)
+            outside_mask = None
             if plan.slot_sign is None or self.emptiness == "cross_entropy":
-                inside_box = inside_mask(plan)
-                outside = _foreground_images(probs, plan).masked_fill(inside_box, 0)
-                volume = inside_box.flatten(2).sum(-1).to(volume.dtype)
+                outside_mask = ~inside_mask(plan)
             if plan.slot_sign is not None:
                 inside = (slots * plan.slot_sign).sum(-1)
             else:
-                assert outside is not None
-                inside = total - outside.flatten(2).sum(-1, dtype=total.dtype)
-            empty = total - inside
-            residual, weight, group = self._residuals(plan, segments, total, inside, empty, volume)
+                assert outside_mask is not None
+                inside = total - _images(probs, plan).mul(outside_mask).flatten(2).sum(-1, dtype=total.dtype)
+            residuals, weights = self._constraints(plan, segments, total, inside)
+            lengths = [part.numel() for part in residuals]
+            residual = torch.cat([part.reshape(-1) for part in residuals])
             cost = self.formulation(residual)
             if self.emptiness == "cross_entropy":
-                assert outside is not None
-                cost = torch.cat([cost, self._cross_entropy(outside)])
-            self._last = residual.detach(), (cost * weight).detach(), weight, [plan.num_segments, 2 * volume.numel()]
-            return self._reduce(cost * weight, group, plan, probs)
+                assert outside_mask is not None
+                log_background = _images(self._log_complement(probs, plain(input)), plan)
+                missed = -log_background.mul(outside_mask).flatten(2).sum(-1, dtype=cost.dtype)
+                cost = torch.cat([cost, missed.reshape(-1)])
+                lengths.append(missed.numel())
+            weight = torch.from_numpy(np.concatenate(weights)).to(probs.device, non_blocking=True)
+            weighted = cost * weight
+            self._last = residual.detach(), weighted.detach(), weight, lengths
+            return self._reduce(weighted, plan, probs)
 
     def terms(self) -> dict[str, Tensor]:
         """Parts of the last forward pass, detached 0-dim tensors on its device: for logging.
@@ -167,89 +169,79 @@ class BoxPriorLoss(ProbabilityLoss):
         if self._last is None:
             raise ValueError("terms: no forward pass has been made yet; call the loss first.")
         residual, weighted, weight, lengths = self._last
-        split = [*lengths, weighted.numel() - sum(lengths)]
-        terms = {name: part.sum().float() for name, part in zip(_TERMS, weighted.split(split), strict=True)}
-        for name, part, used in zip(_TERMS[:2], residual.split(split)[:2], weight.split(split)[:2], strict=True):
-            satisfied = ((part <= 0) & (used > 0)).sum() / (used > 0).sum()
-            terms[f"satisfied_{name}"] = satisfied.nan_to_num(1.0)  # no constraint: none is violated
+        terms = {name: part.sum().float() for name, part in zip(_TERMS, weighted.split(lengths), strict=True)}
+        start = 0
+        for name, length in zip(_TERMS[:2], lengths[:2], strict=True):
+            met, used = residual[start : start + length] <= 0, weight[start : start + length] > 0
+            # No constraint: none is violated.
+            terms[f"satisfied_{name}"] = ((met & used).sum() / used.sum()).nan_to_num(1.0)
+            start += length
         return terms
 
-    def _residuals(
-        self, plan: BoxPlan, segments: Tensor, total: Tensor, inside: Tensor, empty: Tensor, volume: Tensor
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """All residuals in one vector (one call of the formulation), their weights and their image-and-class group."""
-        device, num_groups = segments.device, volume.numel()
-        num_classes = volume.shape[1]
+    def _constraints(
+        self, plan: BoxPlan, segments: Tensor, total: Tensor, inside: Tensor
+    ) -> tuple[list[Tensor], list[np.ndarray]]:
+        """Residuals of tightness, size (lower and upper bounds) and emptiness, and the weights of their costs.
+
+        With the cross-entropy in place of the emptiness constraint the last residual is left out, not its weight.
+        """
+        device, shape = segments.device, plan.box_volume.shape
         bounds = self.size_bounds
-        if len(bounds) not in (1, num_classes):
+        if len(bounds) not in (1, shape[1]):
             raise ValueError(
-                f"size_bounds: expected one pair or {num_classes} pairs, one per foreground class, got {len(bounds)}."
+                f"size_bounds: expected one pair or {shape[1]} pairs, one per foreground class, got {len(bounds)}."
             )
-        has_box, groups = plan.box_volume > 0, np.arange(num_groups)
-        widths = torch.from_numpy(plan.segment_width).to(device, non_blocking=True)
+        lower, upper = (_tensor(bound, device) for bound in bounds.T)
+        widths, volume = _tensor(plan.segment_width, device), _tensor(plan.box_volume, device)
         # A box that the image's border cuts says nothing about how much of its visible part is filled.
-        sized = (has_box & ~plan.box_cut).astype(np.float64).reshape(-1)
-        lower, upper = (torch.from_numpy(np.ascontiguousarray(b)).to(device, non_blocking=True) for b in bounds.T)
+        sized = (plan.box_volume > 0) & ~plan.box_cut
         if self.normalization == "paper":
             voxels = float(np.prod(plan.shape))
-            tight, size = widths - segments, torch.stack([lower * volume - total, total - upper * volume])
-            tight_weight = np.full(plan.num_segments, self.tightness_weight)
-            size_weight = np.tile(sized * self.size_weight / voxels, 2)
-            empty_weight = np.full(num_groups, self.emptiness_weight / voxels)
+            tight = widths - segments
+            size = torch.stack([lower * volume - total, total - upper * volume])
+            empty = total - inside
+            band_weight = np.ones(plan.num_segments)
+            size_weight, empty_weight = sized / voxels, np.full(shape, 1 / voxels)
         else:
-            share, mean_volume = self._shares(plan)
-            scale = volume.clamp(min=1)
+            share, mean_volume, images = _relative_scales(plan)
             tight = 1 - segments / widths
-            size = torch.stack([lower - inside / scale, inside / scale - upper])
-            bands = np.bincount(plan.segment_group, minlength=num_groups)
-            tight_weight = self.tightness_weight * (share / np.maximum(bands, 1))[plan.segment_group]
-            size_weight = np.tile(sized * share * self.size_weight, 2)
-            # The image count is that of the images with boxes: then a voxel outside pulls as one inside does.
-            images = max(int(has_box.any(1).sum()), 1)
-            empty_weight = np.full(num_groups, self.emptiness_weight / images / mean_volume.size)
-            per_class = torch.from_numpy(mean_volume).to(device, non_blocking=True)
-            if self.emptiness == "constraint":
-                empty = empty / per_class
-            else:
-                empty_weight = (empty_weight.reshape(has_box.shape) / mean_volume).reshape(-1)
-        weights = [tight_weight, size_weight, empty_weight]
-        residuals = [tight, size.reshape(-1)]
-        if self.emptiness == "constraint":
-            residuals.append(empty.reshape(-1))
-        weight = torch.from_numpy(np.concatenate(weights)).to(device, non_blocking=True)
-        return torch.cat(residuals), weight, np.concatenate([plan.segment_group, groups, groups, groups])
+            filled = inside / volume.clamp(min=1)
+            size = torch.stack([lower - filled, filled - upper])
+            empty = (total - inside) / _tensor(mean_volume, device)
+            bands = np.bincount(plan.segment_group, minlength=share.size)
+            band_weight = (share.reshape(-1) / np.maximum(bands, 1))[plan.segment_group]
+            size_weight, empty_weight = sized * share, np.broadcast_to(images, shape)
+            if self.emptiness == "cross_entropy":
+                empty_weight = empty_weight / mean_volume
+        weights = [
+            self.tightness_weight * band_weight,
+            self.size_weight * np.tile(size_weight.reshape(-1), 2),
+            self.emptiness_weight * empty_weight.reshape(-1),
+        ]
+        return [tight, size] + ([empty] if self.emptiness == "constraint" else []), weights
 
-    @staticmethod
-    def _shares(plan: BoxPlan) -> tuple[np.ndarray, np.ndarray]:
-        """Weight of every image and class, (I * K,), and the mean box volume of every class, (K,).
+    def _log_complement(self, probs: Tensor, input: Tensor) -> Tensor:
+        """log(1 - s), (B, C, *S), with a slope also where s is rounded to 1."""
+        if self.sigmoid:
+            return F.logsigmoid(-input.to(probs.dtype))
+        if self.softmax:
+            # 1 - s_k as the sum of the other channels: those before k and those behind it, without a subtraction.
+            before = F.pad(probs.movedim(1, -1).cumsum(-1)[..., :-1], (1, 0))
+            behind = F.pad(probs.movedim(1, -1).flip(-1).cumsum(-1)[..., :-1], (1, 0)).flip(-1)
+            return (before + behind).movedim(-1, 1).clamp(min=torch.finfo(probs.dtype).tiny).log()
+        return torch.log1p(-probs.clamp(max=1 - torch.finfo(probs.dtype).eps))
 
-        Within a class an image weighs as much as its boxes, so that every voxel pulls alike: with equal weights a box
-        of four voxels at the end of an organ would outweigh a large one. Classes weigh alike.
-        """
-        has_box = plan.box_volume > 0
-        count, summed = has_box.sum(0), plan.box_volume.sum(0)
-        share = plan.box_volume / np.maximum(summed, 1) / max(int((count > 0).sum()), 1)
-        overall = summed.sum() / count.sum() if count.sum() else float(np.prod(plan.shape))
-        return share.reshape(-1), np.where(count > 0, summed / np.maximum(count, 1), overall)
-
-    @staticmethod
-    def _cross_entropy(outside: Tensor) -> Tensor:
-        """-sum log(1 - s) outside the boxes, one value per image and class."""
-        # A probability of exactly 1 would give an infinite loss and a NaN gradient.
-        largest = 1 - torch.finfo(outside.dtype).eps
-        return -torch.log1p(-outside.clamp(max=largest)).flatten(2).sum(-1, dtype=torch.float64).reshape(-1)
-
-    def _reduce(self, weighted: Tensor, group: np.ndarray, plan: BoxPlan, probs: Tensor) -> Tensor:
+    def _reduce(self, weighted: Tensor, plan: BoxPlan, probs: Tensor) -> Tensor:
+        images, num_classes = plan.box_volume.shape
         if self.reduction == "none":
-            num_classes = plan.box_volume.shape[1]
-            per_sample = plan.box_volume.shape[0] // probs.shape[0]
-            index = group // num_classes // per_sample * num_classes + group % num_classes
+            groups = np.arange(images * num_classes)
+            group = np.concatenate([plan.segment_group, groups, groups, groups])
+            index = group // num_classes // (images // probs.shape[0]) * num_classes + group % num_classes
             out = weighted.new_zeros(probs.shape[0] * num_classes)
-            index_dev = torch.from_numpy(index).to(probs.device, non_blocking=True)
-            return out.index_add(0, index_dev, weighted).view(-1, num_classes).to(probs.dtype)
+            return out.index_add(0, _tensor(index, probs.device), weighted).view(-1, num_classes).to(probs.dtype)
         loss = weighted.sum()
         if self.reduction == "mean" and self.normalization == "paper":
-            loss = loss / plan.box_volume.shape[0]
+            loss = loss / images
         return loss.to(probs.dtype)
 
     def extra_repr(self) -> str:
@@ -261,9 +253,32 @@ class BoxPriorLoss(ProbabilityLoss):
         )
 
 
-def _foreground_images(probs: Tensor, plan: BoxPlan) -> Tensor:
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+def _relative_scales(plan: BoxPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales of the "relative" normalisation.
+
+    Returns:
+        The weight of every image and class, (I, K), by the voxels of its boxes, adding up to 1; the mean box volume of
+        every class, (K,); the weight of the emptiness of one image, (K,). A class without a box in the batch takes the
+        means over the others; without any box the image is the scale.
+    """
+    count, volume = (plan.box_volume > 0).sum(0).astype(np.float64), plan.box_volume.sum(0)
+    present = count > 0
+    classes = max(int(present.sum()), 1)
+    if present.any():
+        images, voxels = count[present].mean(), volume[present].mean()
+    else:
+        images, voxels = float(len(plan.box_volume)), float(len(plan.box_volume) * np.prod(plan.shape))
+    images, voxels = np.where(present, count, images), np.where(present, volume, voxels)
+    return plan.box_volume / voxels / classes, voxels / images, 1 / (images * classes)
+
+
+def _images(values: Tensor, plan: BoxPlan) -> Tensor:
     """(B, C, *S) -> (I, K, *image shape): foreground channels, slices as images when the plan has a slice axis."""
-    foreground = probs[:, plan.first_channel :]
+    foreground = values[:, plan.first_channel :]
     if plan.slice_axis is None:
         return foreground
     return foreground.movedim(2 + plan.slice_axis, 1).flatten(0, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BoxPlan", "plan_boxes"]
+__all__ = ["BoxPlan", "check_width", "plan_boxes"]
 
 # More intersections of one size than this, in one image and class, are left to a mask.
 _MAX_CORRECTIONS = 32
@@ -35,8 +35,7 @@ class BoxPlan:
         num_segments: S.
         segment_width: lines of each band, (S,), float64 on the host.
         segment_group: image * K + class of each band, (S,) int64 on the host.
-        box_volume: voxels in the union of the boxes of each image and class, (I, K), float64 on the host; without
-            `slot_sign` shared voxels are counted more than once (`inside_mask` gives the union).
+        box_volume: voxels in the union of the boxes of each image and class, (I, K), float64 on the host.
         box_cut: whether a box of that image and class reaches beyond the image, (I, K) bool on the host.
         slot_sign: (I, K, M) float64 on the device; the signed sum of the slots is the sum over the union of the boxes.
             None when too many boxes share voxels: then use `inside_mask`.
@@ -90,14 +89,13 @@ def plan_boxes(
     dims, batch, channels = len(spatial), int(probs_shape[0]), int(probs_shape[1])
     first_channel = 0 if channels == 1 else 1
     num_classes = channels - first_channel
-    if width != int(width) or width < 1:
-        raise ValueError(f"width: expected an integer >= 1 (lines per band), got {width!r}.")
+    check_width(width)
     if slice_axis is not None and not (0 <= slice_axis < dims and dims == 3):
         raise ValueError(
             f"slice_axis: expected None, or 0, 1 or 2 for 3D volumes, got {slice_axis} for shape {spatial}."
         )
     rows = _checked_rows(boxes, batch, dims)
-    sample, row = np.nonzero(rows[:, :, 0] >= 0)
+    sample, row = np.nonzero(rows[:, :, 0] != -1)
     kept = rows[sample, row]
     cls, start, stop = kept[:, 0], kept[:, 1 : 1 + dims], kept[:, 1 + dims :]
     size = np.array(spatial)
@@ -115,23 +113,24 @@ def plan_boxes(
         f"lies outside the image of shape {spatial}; are its coordinates those of this grid, in voxels? BoxesToGridd "
         "maps boxes to an augmented image",
     )
-    cut = (start < 0) | (stop > size)
+    cut, thick = (start < 0) | (stop > size), stop - start > 1
     start, stop = np.maximum(start, 0), np.minimum(stop, size)
 
     image, axes = sample, [a for a in range(dims) if a != slice_axis]
     if slice_axis is not None:
         _refuse(
-            stop[:, slice_axis] - start[:, slice_axis] != 1,
+            thick[:, slice_axis],
             found,
             f"is not one voxel thick along slice_axis {slice_axis}; draw a flat box per slice, or use slice_axis=None "
             "for 3D boxes",
         )
         image = sample * spatial[slice_axis] + start[:, slice_axis]
-        start, stop, cut, size = start[:, axes], stop[:, axes], cut[:, axes], size[axes]
+        start, stop, cut, thick, size = start[:, axes], stop[:, axes], cut[:, axes], thick[:, axes], size[axes]
     num_images = batch * (spatial[slice_axis] if slice_axis is not None else 1)
 
     order = np.argsort(image * num_classes + cls - 1, kind="stable")
-    group, start, stop, cut = (image * num_classes + cls - 1)[order], start[order], stop[order], cut[order]
+    group = (image * num_classes + cls - 1)[order]
+    start, stop, cut, thick = start[order], stop[order], cut[order], thick[order]
     num_groups = num_images * num_classes
     extra = _union_corrections(group, start, stop, num_groups)
     signed = extra is not None
@@ -150,9 +149,10 @@ def plan_boxes(
     signs[all_groups, slot] = np.concatenate([np.ones(len(group)), corrections[3]])
     box_cut = np.zeros(num_groups, dtype=bool)
     box_cut[group[cut.any(1)]] = True
-    volume = ((stops - starts).prod(-1) * signs).sum(-1)
+    boxes_only = starts[:, 1:], stops[:, 1:]
+    volume = ((stops - starts).prod(-1) * signs).sum(-1) if signed else _union_volume(*boxes_only, size)
     line_index, line_segment, segment_width, segment_group = _bands(
-        group, group * num_slots + slot[: len(group)], start, stop, cut, size, width, num_groups * num_slots
+        group, group * num_slots + slot[: len(group)], start, stop, cut, thick, size, width, num_groups * num_slots
     )
     slots_shape = (num_images, num_classes, num_slots, len(axes))
     return BoxPlan(
@@ -170,6 +170,16 @@ def plan_boxes(
         box_cut=box_cut.reshape(num_images, num_classes),
         slot_sign=torch.from_numpy(signs.reshape(slots_shape[:3])).to(device, non_blocking=True) if signed else None,
     )
+
+
+def check_width(width: object) -> None:
+    """Refuse anything but a whole number of lines.
+
+    Raises:
+        ValueError: `width` is not an integer >= 1.
+    """
+    if isinstance(width, bool) or not isinstance(width, int | np.integer) or width < 1:
+        raise ValueError(f"width: expected an integer >= 1 (lines per band), got {width!r}.")
 
 
 def _checked_rows(boxes: Tensor, batch: int, dims: int) -> np.ndarray:
@@ -198,6 +208,7 @@ def _bands(
     start: np.ndarray,
     stop: np.ndarray,
     cut: np.ndarray,
+    thick: np.ndarray,
     size: np.ndarray,
     width: int,
     total_slots: int,
@@ -208,7 +219,7 @@ def _bands(
     for axis in range(len(size)):
         extent = stop[:, axis] - start[:, axis]
         others_cut = np.delete(cut, axis, axis=1).any(1)
-        used = np.nonzero((extent > 1) & ~others_cut)[0]
+        used = np.nonzero(thick[:, axis] & ~others_cut)[0]
         count = extent[used]
         per_box = -(-count // width)
         position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -222,6 +233,16 @@ def _bands(
         offset += total_slots * int(size[axis])
     width_per_band = np.concatenate(widths).astype(np.float64)
     return np.concatenate(lines), np.concatenate(segments), width_per_band, np.concatenate(groups)
+
+
+def _union_volume(starts: np.ndarray, stops: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Voxels in the union of the boxes of each group, (G,), by counting; (G, M, D) arrays, unused slots empty."""
+    covered = [
+        ((np.arange(n) >= starts[..., axis, None]) & (np.arange(n) < stops[..., axis, None])).astype(np.float32)
+        for axis, n in enumerate(size)
+    ]
+    counts = np.einsum("gmx,gmy->gxy" if len(size) == 2 else "gmx,gmy,gmz->gxyz", *covered, optimize=True)
+    return (counts > 0).reshape(len(starts), -1).sum(1).astype(np.float64)
 
 
 def _union_corrections(

@@ -61,7 +61,7 @@ class _BoxSums(torch.autograd.Function):
             profiles = [first, second, last]
         lines = torch.cat([p.reshape(-1) for p in profiles])
         segments = lines.new_zeros(plan.num_segments).index_add_(0, plan.line_segment, lines[plan.line_index])
-        return segments, last.sum(-1)
+        return segments, (last * weights[-1]).sum(-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,8 +80,8 @@ class _BoxSums(torch.autograd.Function):
             part.view(*grad_slots.shape, size)
             for part, size in zip(lines.split([num_slots * n for n in plan.shape]), plan.shape, strict=True)
         ]
-        profiles[-1] = profiles[-1] + grad_slots.to(work).unsqueeze(-1)
         weights = [_indicator(plan, axis, work) for axis in range(dims)]
+        profiles[-1] = profiles[-1] + grad_slots.to(work).unsqueeze(-1) * weights[-1]
         rows = profiles[0]
         if dims == 3:
             rows = _outer([rows, weights[1]]) + _outer([weights[0], profiles[1]])
@@ -110,6 +110,9 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
         (I, K, M) the mass of each slot: slot 0 the whole image, then the boxes. Exact to float64 rounding; gradients
         are computed in float32 (float64 for float64 input). First derivatives only.
 
+    Raises:
+        ValueError: the probabilities do not have the shape that was planned.
+
     Example:
         >>> from medconstraints.statistics import plan_boxes
         >>> boxes = torch.tensor([[[1, 0, 0, 2, 3]]])
@@ -118,6 +121,15 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
         >>> segments.tolist(), slots.tolist()
         ([3.0, 2.0, 1.0], [[[8.0, 3.0]]])
     """
+    spatial = list(plan.shape)
+    if plan.slice_axis is not None:
+        spatial.insert(plan.slice_axis, plan.box_volume.shape[0] // probs.shape[0])
+    channels = plan.box_volume.shape[1] + plan.first_channel
+    if list(probs.shape[1:]) != [channels, *spatial] or not probs.is_floating_point():
+        raise ValueError(
+            f"probs: expected floating point (B, {channels}, {', '.join(map(str, spatial))}) as planned, got "
+            f"{probs.dtype} of shape {tuple(probs.shape)}; plan the boxes for this shape."
+        )
     return _BoxSums.apply(probs, plan)
 
 

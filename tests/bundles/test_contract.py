@@ -11,7 +11,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from monai.bundle import ConfigComponent, ConfigParser, ReferenceResolver, ckpt_export, verify_metadata
+from monai.bundle import (
+    ConfigComponent,
+    ConfigExpression,
+    ConfigParser,
+    ReferenceResolver,
+    ckpt_export,
+    verify_metadata,
+)
 from monai.bundle.scripts import verify_net_in_out
 
 from medconstraints import __version__
@@ -28,7 +35,20 @@ FILES = (
     "docs/data_license.txt",
     "models/model.pt",
 )
-REQUIRED_METADATA = ["schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task", "description", "authors", "copyright", "network_data_format"]
+REQUIRED_METADATA = (
+    "schema",
+    "version",
+    "changelog",
+    "monai_version",
+    "pytorch_version",
+    "numpy_version",
+    "required_packages_version",
+    "task",
+    "description",
+    "authors",
+    "copyright",
+    "network_data_format",
+)
 TENSOR_KEYS = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
 LARGEST_WEIGHTS = 5 * 2**20
 
@@ -143,14 +163,17 @@ def config_sets(bundle):
 
 
 def test_configs_refer_only_to_what_is_there(bundle):
-    """Every reference has its id and every target can be imported, also where a run would never come."""
+    """Every reference has its id, targets can be imported and expressions are Python, also where no run comes."""
     for names in config_sets(bundle):
         parser = ConfigParser()
         parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
         parser.parse()
         for key, item in parser.ref_resolver.items.items():
-            for reference in ReferenceResolver.find_refs_in_config(item.get_config(), id=key):
+            references = ReferenceResolver.find_refs_in_config(item.get_config(), id=key)
+            for reference in references:
                 assert reference in parser, f"{names}: {key} refers to @{reference}"
+            if isinstance(item, ConfigExpression):
+                compile(ReferenceResolver.update_refs_pattern(item.get_config(), references)[1:], key, "single")
             if isinstance(item, ConfigComponent):
                 target = item.resolve_module_name()
                 assert callable(target) or pydoc.locate(target), f"{names}: {key} has the target {target}"

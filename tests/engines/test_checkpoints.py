@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Average
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.transforms import Compose, Lambdad, RandGaussianNoised
+from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from medconstraints.engines import (
@@ -332,8 +332,29 @@ def test_a_plain_checkpoint_is_no_state_of_a_run(tmp_path):
         Run(tmp_path, max_epochs=1)()
 
 
-def test_lambda_transforms_do_not_disturb_seeding():
-    """A data set without anything random is seeded too."""
-    engine = Engine(lambda engine, batch: None)
-    EpochSeedHandler(0, Dataset([{"image": torch.ones(1)}], Lambdad("image", lambda x: x))).attach(engine)
-    engine.run([0], max_epochs=1)
+def test_the_scale_of_mixed_precision_is_kept(tmp_path):
+    class Scaler:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    first = Run(tmp_path, max_epochs=1)
+    first.engine.scaler = Scaler(2.0)
+    first()
+    second = Run(tmp_path, max_epochs=2)
+    second.engine.scaler = Scaler(65536.0)
+    second()
+    assert second.engine.scaler.scale == 2.0
+    for scaler in (None, torch.GradScaler("cpu", enabled=False)):  # whose state is empty
+        third = Run(tmp_path, max_epochs=3)
+        third.engine.scaler = scaler
+        assert third().engine.state.epoch == 3
+        third = Run(tmp_path, max_epochs=4)
+        third.engine.scaler = Scaler(4.0)
+        assert third().engine.scaler.scale == 4.0
+        (tmp_path / "last.pt").unlink()

@@ -132,6 +132,12 @@ def test_validates_after_the_last_epoch_too(make_run, tmp_path, max_epochs, val_
     assert (tmp_path / "run" / "model.pt").exists()
 
 
+@pytest.mark.parametrize("val_interval", [0, -1])
+def test_interval_below_one_is_refused(make_run, val_interval):
+    with pytest.raises(ValueError, match=f"val_interval: expected an integer >= 1 .epochs., got {val_interval}"):
+        make_run(val_interval=val_interval)
+
+
 def test_other_processes_write_nothing(make_run, tmp_path):
     trainer = make_run(rank=1)
     trainer.run()

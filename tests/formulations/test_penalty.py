@@ -29,7 +29,6 @@ def test_gradcheck(centre, rng):
     assert torch.autograd.gradgradcheck(QuadraticPenalty(), residual)
 
 
-@pytest.mark.xfail(strict=True, reason="half precision is not raised to float32, as LogBarrierExtension does")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     cost = QuadraticPenalty()(torch.tensor([300.0], dtype=dtype))

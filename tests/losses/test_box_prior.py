@@ -67,8 +67,6 @@ table = pytest.mark.parametrize(("shape", "rows", "options"), CASES.values(), id
 normalizations = pytest.mark.parametrize("normalization", ["relative", "paper"])
 emptinesses = pytest.mark.parametrize("emptiness", ["constraint", "cross_entropy"])
 WEIGHTS = (0.7, 1.3, 0.4)
-OVER_COUNTED = "2D, many on top of each other"
-OVER_COUNTING = "without slot_sign, BoxPlan.box_volume counts shared voxels again, and so do the shares of the images"
 
 
 def tensor_of(rows, dims):
@@ -106,11 +104,7 @@ def formulation_and_cost(name, reference):
 @emptinesses
 @normalizations
 @table
-def test_equals_the_reference(
-    shape, rows, options, normalization, emptiness, formulation, request, rng, box_prior_reference
-):
-    if (rows, normalization) == (CASES[OVER_COUNTED][1], "relative"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=OVER_COUNTING))
+def test_equals_the_reference(shape, rows, options, normalization, emptiness, formulation, rng, box_prior_reference):
     probs, boxes = random_probs(shape, rng), tensor_of(rows, len(shape) - 2)
     module, cost = formulation_and_cost(formulation, box_prior_reference)
     settings = {**options, "normalization": normalization, "emptiness": emptiness}
@@ -131,10 +125,7 @@ def test_equals_the_reference(
 @emptinesses
 @normalizations
 @pytest.mark.parametrize("name", ["2D", "2D, several and overlapping", "3D, classes", "slices 0"])
-def test_terms_equal_the_reference(name, normalization, emptiness, request, rng, box_prior_reference):
-    if emptiness == "cross_entropy":
-        reason = "terms() splits the residuals as if there were emptiness ones"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+def test_terms_equal_the_reference(name, normalization, emptiness, rng, box_prior_reference):
     shape, rows, options = CASES[name]
     probs = random_probs(shape, rng)
     module, cost = formulation_and_cost("barrier", box_prior_reference)
@@ -205,10 +196,8 @@ def test_relative_by_hand():
 
 
 @normalizations
-def test_many_boxes_on_top_of_each_other_weigh_by_their_union(normalization, request, rng, box_prior_reference):
+def test_many_boxes_on_top_of_each_other_weigh_by_their_union(normalization, rng, box_prior_reference):
     """The second image has one small box: shares of the first must not count shared voxels again."""
-    if normalization == "relative":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=OVER_COUNTING))
     shape, rows = (2, 2, 24, 24), [[[1, k, k, 24 - k, 23 - k] for k in range(10)], [[1, 3, 3, 9, 8]]]
     probs = random_probs(shape, rng)
     module, cost = formulation_and_cost("barrier", box_prior_reference)
@@ -384,9 +373,6 @@ def test_hard_masks_are_finite(name, value, emptiness):
     assert cost.isfinite() and probs.grad.isfinite().all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the clamp in front of log(1 - s) has no slope at s = 1: no gradient where it is due"
-)
 def test_cross_entropy_still_pulls_at_a_saturated_voxel():
     logits = torch.full((1, 2, 8, 8), 0.0)
     logits[0, 1] = 30.0  # a probability of exactly 1 in float32
@@ -782,7 +768,6 @@ def test_slice_axis_fits_the_image():
         BoxPriorLoss(LogBarrierExtension(), slice_axis=1)(torch.rand(1, 2, 6, 6), torch.tensor([[ROW]]))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="input with four spatial axes passes the check")
 def test_four_spatial_axes_are_refused():
     with pytest.raises(ValueError, match="input: expected"):
         BoxPriorLoss(LogBarrierExtension())(torch.rand(1, 2, 4, 4, 4, 4), torch.zeros(1, 0, 9, dtype=torch.int64))

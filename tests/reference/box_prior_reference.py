@@ -65,7 +65,7 @@ def bands_of(row, shape, width):
     slices, cut = visible(row, shape)
     bands = []
     for axis in range(len(shape)):
-        if slices[axis].stop - slices[axis].start == 1:
+        if row[1 + len(shape) + axis] - row[1 + axis] == 1:
             continue  # one voxel thick: no bands across that axis
         if any(cut[other] for other in range(len(shape)) if other != axis):
             continue  # the lines of these bands run along a cut axis
@@ -156,8 +156,9 @@ def box_prior(
         k: [parts[n, k]["volume"] for n in range(len(images)) if parts[n, k]["boxes"]] for k in range(num_classes)
     }
     classes_with_boxes = [k for k in range(num_classes) if volumes[k]]
-    images_with_boxes = [n for n in range(len(images)) if any(parts[n, k]["boxes"] for k in range(num_classes))]
-    everything = [v for k in classes_with_boxes for v in volumes[k]]
+    # What a class without any box in the batch takes: the means over the others.
+    mean_count = np.mean([len(volumes[k]) for k in classes_with_boxes]) if classes_with_boxes else len(images)
+    mean_sum = np.mean([sum(volumes[k]) for k in classes_with_boxes]) if classes_with_boxes else None
     for number, (sample, own, _) in enumerate(images):
         voxels = own[0].size
         for k in range(num_classes):
@@ -179,9 +180,12 @@ def box_prior(
                         tight = share * np.mean([cost(1 - mass / lines) for lines, mass in part["bands"]])
                     if not part["cut"]:
                         size = share * (cost(lower - inside / volume) + cost(inside / volume - upper))
-                # A class without any box in the batch takes the mean over the others.
-                scale = np.mean(volumes[k] or everything or [voxels])
-                empty = cost(outside / scale) if emptiness == "constraint" else part["cross_entropy"] / scale
-                empty /= max(len(images_with_boxes), 1) * num_classes
+                count = len(volumes[k]) or mean_count
+                summed = sum(volumes[k]) or mean_sum or voxels * len(images)
+                if emptiness == "constraint":
+                    empty = cost(outside / (summed / count)) / count
+                else:
+                    empty = part["cross_entropy"] / summed
+                empty /= max(len(classes_with_boxes), 1)
             terms[sample, k] += np.array([tight, size, empty]) * weights
     return terms

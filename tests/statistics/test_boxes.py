@@ -501,13 +501,11 @@ def test_a_box_thicker_than_its_slice_is_named():
         plan_boxes(boxes, (2, 2, 8, 8, 8), slice_axis=2)
 
 
-@pytest.mark.xfail(strict=True, reason="a class below -1 is taken for padding")
 def test_a_class_below_the_padding_is_refused():
     with pytest.raises(ValueError, match=r"row 0 of sample 0, .*has a class outside 1\.\.2"):
         plan_boxes(torch.tensor([[[-5, 0, 0, 4, 4]], [GOOD]]), SHAPE)
 
 
-@pytest.mark.xfail(strict=True, reason="thickness is checked after clipping")
 def test_a_thick_box_is_not_flat_because_the_border_cuts_it():
     with pytest.raises(ValueError, match=r"row 0 of sample 0, .*is not one voxel thick"):
         plan_boxes(torch.tensor([[[1, 0, 0, -3, 4, 4, 1]]]), (1, 2, 8, 8, 8), slice_axis=2)

@@ -81,6 +81,7 @@ def test_decollation_gives_one_item_a_sample(counts):
         assert item["boxes"].shape == (max(counts), 7) and (item["boxes"][count:] == -1).all()
 
 
+@pytest.mark.filterwarnings("ignore:Num foregrounds 0")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_loader_feeds_the_loss(workers, rng):
     """Volumes with several, one and no object; two patches of each; the batch goes into the loss and back."""
@@ -111,7 +112,6 @@ def test_a_data_loader_feeds_the_loss(workers, rng):
     assert len(decollate_batch(batch)) == 6
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="an item that lacks the boxes of the others is not named")
 def test_an_item_without_the_boxes_of_the_others_is_named():
     with pytest.raises((ValueError, KeyError), match=r"boxes.*item 1"):
         pad_boxes_collate([{"boxes": rows(1)}, {"image": torch.zeros(1)}])

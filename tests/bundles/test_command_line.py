@@ -1,0 +1,135 @@
+"""The commands that users type, in processes of their own: two processes, and a run that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+pytestmark = pytest.mark.slow
+
+# Laid over the configs: small and quick, whatever they say.
+TINY = {
+    "num_classes": 2,
+    "patch_size": [16, 16, 16],
+    "spacing_mm": [-1, -1, -1],
+    "network_def": {
+        "_target_": "UNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": "@num_classes",
+        "channels": [4, 8],
+        "strides": [2],
+        "dropout": 0.1,
+    },
+    "slice_axis": 2,
+    "size_bounds": [0.4, 0.9],
+    "val_interval": 1,
+    "batch_size": 2,
+}
+
+
+@pytest.fixture
+def command(bundles_root, cohort, tmp_path):
+    """Arguments of `python` that run configs of box_prior with TINY and options."""
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+
+    def make(*configs, **options):
+        bundle = bundles_root / "box_prior"
+        files = [str(bundle / "configs" / f"{name}.json") for name in configs] + [str(tmp_path / "tiny.json")]
+        arguments = ["-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(bundle)]
+        for name in ("meta", "logging"):
+            suffix = "data.json" if name == "meta" else ".conf"
+            arguments += [f"--{name}_file", str(bundle / "configs" / f"{name}{suffix}")]
+        for key, value in {"dataset_dir": cohort.parent, **options}.items():
+            arguments += [f"--{key}", str(value)]
+        return arguments
+
+    return make
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """One thread a process, no accelerator, and a home where nothing is."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(arguments, environment):
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_two_processes_train_one_network(command, environment, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = tmp_path / "run"
+
+    def train(epochs):
+        return run([*torchrun, *command("train", "multi_gpu_train", output_dir=output, epochs=epochs)], environment)
+
+    train(1)
+    assert {path.name for path in output.iterdir()} == {"last.pt", "model.pt", "tensorboard"}
+    parser = ConfigParser({"network_def": TINY["network_def"], "num_classes": 2})
+    parser.get_parsed_content("network_def").load_state_dict(load(output / "model.pt"))
+    state = load(output / "last.pt")
+    assert state["trainer"] == {"epoch": 1, "iteration": 1}  # 4 volumes: a batch of 2 in each process
+    assert 0 <= state["evaluator"]["best_metric"] <= 1
+    # One process wrote, and both resume.
+    assert len(list((output / "tensorboard").glob("events*"))) <= 2
+    log = train(2)
+    assert log.count("resumed after epoch 1 from last.pt") == 2
+    assert load(output / "last.pt")["trainer"] == {"epoch": 2, "iteration": 2}
+
+
+def test_a_killed_run_resumes_exactly(command, environment, tmp_path):
+    epochs = 40
+
+    def arguments(name):
+        return command("train", output_dir=tmp_path / name, epochs=epochs, val_interval=4)
+
+    run(arguments("whole"), environment)
+    last = tmp_path / "cut" / "last.pt"
+    process = subprocess.Popen(
+        [sys.executable, *arguments("cut")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not last.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 1 <= load(last)["trainer"]["epoch"] < epochs  # whole, whenever the signal came
+    log = run(arguments("cut"), environment)
+    assert "resumed after epoch" in log
+    one, two = load(tmp_path / "whole" / "last.pt"), load(last)
+    assert one["trainer"] == two["trainer"]
+    assert one["evaluator"] == two["evaluator"]
+    assert all(torch.equal(one["network"][name], two["network"][name]) for name in one["network"])
+    best = [load(tmp_path / name / "model.pt") for name in ("whole", "cut")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_three_dimensional_boxes_by_option(command, environment, tmp_path):
+    """`--slice_axis None` on the command line, and segmenting with what was trained."""
+    options = command("train", output_dir=tmp_path / "run", epochs=1)
+    tiny = json.loads((tmp_path / "tiny.json").read_text())
+    run([*options, "--slice_axis", "None", "--jitter_voxels", "1"], environment)
+    assert "slice_axis" in tiny
+    masks = command("inference", output_dir=tmp_path / "masks", ckpt_path=tmp_path / "run" / "model.pt")
+    datalist = masks[masks.index("--dataset_dir") + 1] + "/datalist.json"
+    masks[masks.index("--dataset_dir") + 1] = datalist
+    run(masks, environment)
+    report = json.loads((tmp_path / "masks" / "inference.json").read_text())
+    assert report == {"done": ["phantom_006.nii.gz", "phantom_007.nii.gz"], "failed": []}
