@@ -89,7 +89,7 @@ def boxes_from(
 
 
 def inference_postprocessing(
-    preprocessing: Compose, *, output_dir: str, postfix: str = "seg", overwrite: bool = False
+    preprocessing: Compose, *, output_dir: str, postfix: str = "seg"
 ) -> list[Callable[..., Any]]:
     """From logits to a mask in the geometry of the input file: shape, affine and orientation are the input's.
 
@@ -97,7 +97,6 @@ def inference_postprocessing(
         preprocessing: the chain that made the network's input; it is inverted.
         output_dir: folder of the masks, `<name>_<postfix>.nii.gz`, uint8.
         postfix: see `output_dir`.
-        overwrite: replace masks that exist.
     """
     return [
         Activationsd("pred", softmax=True),

@@ -29,13 +29,13 @@ def volumes_for_inference(
         section: section of the datalist.
         output_dir: where the masks will be written; it is checked as `check_output_dir` does. None skips the check.
         postfix: the masks are called `<name>_<postfix>.nii.gz`.
-        overwrite: allow masks that exist already.
+        overwrite: remove masks that exist already.
 
     Raises:
         FileNotFoundError: the source does not exist or holds no volume.
         ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, or two volumes have
             one name.
-        FileExistsError: a mask exists already and `overwrite` is False.
+        FileExistsError: a mask, or the report `inference.json`, exists already and `overwrite` is False.
         PermissionError: the output folder cannot be written to.
     """
     source = Path(source)
@@ -57,7 +57,9 @@ def volumes_for_inference(
     if twice:
         raise ValueError(f"source: several volumes are called {twice[:5]}, their masks would overwrite each other.")
     if output_dir is not None:
-        check_output_dir(output_dir, [f"{stem}_{postfix}.nii.gz" for stem in stems], overwrite=overwrite)
+        check_output_dir(
+            output_dir, [*(f"{stem}_{postfix}.nii.gz" for stem in stems), "inference.json"], overwrite=overwrite
+        )
     return [{"image": str(path)} for path in images]
 
 
@@ -67,7 +69,8 @@ def check_output_dir(output_dir: str | Path, names: list[str], *, overwrite: boo
     Args:
         output_dir: the folder; it is made when missing.
         names: files that will be written there.
-        overwrite: allow files that exist already.
+        overwrite: remove those of the files that exist already: a volume that fails now must not seem to be done
+            because of its old mask.
 
     Raises:
         FileExistsError: one of the files exists already; the message names the first.
@@ -88,6 +91,8 @@ def check_output_dir(output_dir: str | Path, names: list[str], *, overwrite: boo
             f"output_dir: {len(present)} of {len(names)} outputs exist already in {folder}, such as {present[0]}; "
             "choose another folder, move them away, or set overwrite to true."
         )
+    for name in present:
+        (folder / name).unlink()
     return folder
 
 

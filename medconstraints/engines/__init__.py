@@ -3,7 +3,7 @@
 from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SamplerEpochHandler, SaveBestHandler
 from medconstraints.engines.handler_lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
-from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationHandler
+from medconstraints.engines.monitoring import LossTermsHandler, RequireBoxesHandler, StepFormulationHandler
 from medconstraints.engines.prepare_batch import PrepareBatchTargets, RestoreLabelHandler
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HandlerList",
     "LossTermsHandler",
     "PrepareBatchTargets",
+    "RequireBoxesHandler",
     "RestoreLabelHandler",
     "ResumeHandler",
     "SamplerEpochHandler",

@@ -29,6 +29,11 @@ def _save(state: Any, path: Path) -> None:
     os.replace(beside, path)
 
 
+def _unwrapped(obj: Any) -> Any:
+    """The network inside DistributedDataParallel: its weights then have the same names with one and many processes."""
+    return obj.module if isinstance(obj, nn.parallel.DistributedDataParallel) else obj
+
+
 class EpochSeedHandler:
     """Seeds torch, numpy and the random transforms from the epoch's number at its start.
 
@@ -100,10 +105,7 @@ class SaveBestHandler:
     def __call__(self, engine: Engine) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            module = self.network
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                module = module.module
-            _save(module.state_dict(), self.path)
+            _save(_unwrapped(self.network).state_dict(), self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
 
@@ -124,7 +126,7 @@ class ResumeHandler:
         self, path: str | Path, objects: Mapping[str, Any], *, evaluator: Engine | None = None, save: bool = True
     ) -> None:
         self.path = Path(path)
-        self.objects = dict(objects)
+        self.objects = {name: _unwrapped(obj) for name, obj in objects.items()}
         self.evaluator = evaluator
         self.save = save
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler
-from medconstraints.engines.monitoring import LossTermsHandler, StepFormulationHandler
+from medconstraints.engines.monitoring import LossTermsHandler, RequireBoxesHandler, StepFormulationHandler
 from medconstraints.engines.prepare_batch import RestoreLabelHandler
 
 __all__ = ["HandlerList", "training_handlers", "validation_handlers"]
@@ -60,6 +60,7 @@ def training_handlers(
     lr_scheduler: LRScheduler | None = None,
     formulation: Any = None,
     val_interval: int = 1,
+    boxes_key: str | None = None,
     rank: int = 0,
 ) -> HandlerList:
     """Handlers of a trainer, in an order in which they work together.
@@ -74,6 +75,7 @@ def training_handlers(
         lr_scheduler: stepped after each epoch.
         formulation: stepped after each epoch, when it has a `step`.
         val_interval: epochs between validations.
+        boxes_key: key of the boxes, when training needs them, see `RequireBoxesHandler`.
         rank: number of the process in distributed training; only process 0 logs and saves.
 
     Raises:
@@ -82,6 +84,8 @@ def training_handlers(
     if val_interval < 1:
         raise ValueError(f"val_interval: expected an integer >= 1 (epochs), got {val_interval!r}.")
     handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
+    if boxes_key is not None:
+        handlers.append(RequireBoxesHandler(boxes_key))
     if lr_scheduler is not None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
     if hasattr(loss, "terms"):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-__all__ = ["LossTermsHandler", "StepFormulationHandler"]
+__all__ = ["LossTermsHandler", "RequireBoxesHandler", "StepFormulationHandler"]
 
 
 class _HasTerms(Protocol):
@@ -61,6 +61,38 @@ class LossTermsHandler:
             engine.state.metrics[self.prefix + name] = float(value) / self._count
         if self.formulation is not None and hasattr(self.formulation, "t"):
             engine.state.metrics[self.prefix + "t"] = float(self.formulation.t)
+
+
+class RequireBoxesHandler:
+    """Stops a run whose first epoch held no box at all: it would train on emptiness alone and learn nothing.
+
+    Args:
+        key: key of the boxes in the batch, (B, N, 1 + 2 D).
+
+    Raises:
+        ValueError: after the first epoch, when no batch had a box.
+    """
+
+    def __init__(self, key: str = "boxes") -> None:
+        self.key = key
+        self._found = False
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._look)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
+
+    def _look(self, engine: Engine) -> None:
+        if not self._found:
+            boxes = engine.state.batch[self.key]  # type: ignore[index,call-overload]
+            self._found = bool((boxes[..., 0] > 0).any())
+
+    def _judge(self, engine: Engine) -> None:
+        if not self._found:
+            raise ValueError(
+                f"{self.key}: not one box in a whole epoch; check that the labels or box files of the training volumes "
+                "hold the class, and that patch_size and spacing_mm leave boxes in the patches."
+            )
 
 
 class StepFormulationHandler:

@@ -375,7 +375,7 @@ def test_existing_masks_are_refused_before_anything_is_written(infer, volumes, t
     (masks / "PSR_seg.nii.gz").write_bytes(b"work of a week")
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         infer(volumes)
-    assert "1 of 3 outputs exist already" in chain(caught.value)
+    assert "1 of 4 outputs exist already" in chain(caught.value)
     assert "such as PSR_seg.nii.gz" in chain(caught.value)
     assert [(path.name, path.read_bytes()) for path in masks.iterdir()] == [("PSR_seg.nii.gz", b"work of a week")]
     infer(volumes, overwrite=True)
@@ -473,16 +473,14 @@ def test_bad_training_data_is_named(bundle, run_bundle, own_cohort, tmp_path, sp
 
 
 def test_no_boxes_at_all(bundle, run_bundle, own_cohort, tmp_path):
-    """Only the emptiness is left to learn; nothing else is required, so nothing else is violated."""
+    """Only the emptiness would be left to learn: the run stops after its first epoch and says so."""
     folder = own_cohort()
     for number in range(4):
         label = folder / "labelsTr" / f"phantom_{number:03d}.nii.gz"
         save(label, np.zeros(SHAPE, np.uint8), nib.load(label).affine)
-    run_bundle(bundle, dataset_dir=folder, output_dir=tmp_path / "run", **TRAIN)
-    values = scalars(tmp_path / "run")
-    assert values["train_box_prior_tightness"] == values["train_box_prior_size"] == [0, 0]
-    assert np.isfinite(values["train_loss"]).all()
-    assert all(torch.isfinite(value).all() for value in weights_of(tmp_path / "run").values())
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        run_bundle(bundle, dataset_dir=folder, output_dir=tmp_path / "run", **TRAIN)
+    assert "boxes: not one box in a whole epoch" in chain(caught.value)
 
 
 def test_box_files_that_cannot_be_used(bundle, run_bundle, own_cohort, tmp_path):

@@ -140,13 +140,15 @@ def test_existing_masks_are_kept(folder, tmp_path, present):
     for name in [*present, "d_seg.nii.gz", "b_other.nii.gz"]:
         (masks / name).write_bytes(b"work")
     before = tree(tmp_path)
-    message = rf"output_dir: {len(present)} of 3 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
+    message = rf"output_dir: {len(present)} of 4 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
     with pytest.raises(FileExistsError, match=message):
         volumes_for_inference(folder, output_dir=masks)
     assert tree(tmp_path) == before
-    assert len(volumes_for_inference(folder, output_dir=masks, overwrite=True)) == 3
     assert len(volumes_for_inference(folder, output_dir=masks, postfix="second")) == 3
     assert tree(tmp_path) == before
+    assert len(volumes_for_inference(folder, output_dir=masks, overwrite=True)) == 3
+    removed = {f"masks/{name}" for name in present}
+    assert tree(tmp_path) == {path: text for path, text in before.items() if path not in removed}
 
 
 @pytest.mark.parametrize("below", ["file", "file/masks", "file/deep/masks"])
@@ -186,5 +188,8 @@ def test_message_names_the_first_file(tmp_path, names, first):
         (tmp_path / name).write_bytes(b"work")
     with pytest.raises(FileExistsError, match=f"such as {first};"):
         check_output_dir(tmp_path, names)
+    kept = {"x": b"work", "y": b"work"}
+    assert tree(tmp_path) == kept
     assert check_output_dir(tmp_path, names, overwrite=True) == tmp_path
-    assert tree(tmp_path) == {"x": b"work", "y": b"work"}
+    # A file that will be written again is removed first, others stay.
+    assert tree(tmp_path) == {name: text for name, text in kept.items() if name not in names}
