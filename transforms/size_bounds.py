@@ -1,11 +1,19 @@
-"""How much of its boxes an organ fills, fitted to a few segmented cases."""
+"""How much of its boxes an organ fills, fitted to a few segmented cases.
+
+`python -m medconstraints.transforms.size_bounds --datalist my/datalist.json --num-classes 3 --slice-axis 1`
+prints the bounds in the form that `--size_bounds` of a bundle takes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from monai.transforms import Compose
 
 from medconstraints.transforms.boxes import label_to_boxes
 
@@ -58,3 +66,39 @@ def fit_size_bounds(
         lower, upper = np.interp([low, high], position, share[order])
         bounds.append([round(float(lower * (1 - slack)), 4), round(float(min(upper * (1 + slack), 1.0)), 4)])
     return bounds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see the module."""
+    from medconstraints.data.datalist_sections import read_datalist
+    from medconstraints.transforms.chains import read_volumes
+
+    parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.size_bounds", description=__doc__)
+    parser.add_argument("--datalist", required=True, help="list whose entries have labels")
+    parser.add_argument("--section", default="training")
+    parser.add_argument("--cases", type=int, default=10, help="labels to use, evenly spread over the section")
+    parser.add_argument("--num-classes", type=int, required=True, help="with the background")
+    parser.add_argument("--slice-axis", type=int, help="flat boxes across this axis (after orientation to RAS)")
+    parser.add_argument("--mode", default="class", choices=["class", "component"])
+    parser.add_argument("--quantiles", type=float, nargs=2, default=[0.05, 0.95])
+    args = parser.parse_args(argv)
+    try:
+        items = read_datalist(args.datalist, args.section)
+        chosen = items[:: max(1, len(items) // args.cases)][: args.cases]
+        read = Compose(read_volumes(num_classes=args.num_classes))
+        bounds = fit_size_bounds(
+            [read(item)["label"] for item in chosen],
+            num_classes=args.num_classes,
+            mode=args.mode,
+            slice_axis=args.slice_axis,
+            quantiles=tuple(args.quantiles),
+        )
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(json.dumps(bounds) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

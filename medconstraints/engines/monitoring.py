@@ -84,7 +84,7 @@ class RequireBoxesHandler:
 
     def _look(self, engine: Engine) -> None:
         if not self._found:
-            boxes = engine.state.batch[self.key]  # type: ignore[index,call-overload]
+            boxes = engine.state.batch[self.key]
             self._found = bool((boxes[..., 0] > 0).any())
 
     def _judge(self, engine: Engine) -> None:
