@@ -67,7 +67,7 @@ def run_demo(
         "dataset_dir": str(datalist.parent),
         "output_dir": str(output / "run"),
         "slice_axis": _SLICE_AXIS,
-        "size_bounds": [0.6, 0.9],
+        "size_bounds": [0.5, 0.9],
         "epochs": epochs,
         "val_interval": 5,
         "seed": seed,
@@ -87,7 +87,7 @@ def run_demo(
     results = evaluate_predictions(datalist, "test", masks, structures={"organ": [1]})
     write_results(results, output / "results.json")
     cases = build_cases(datalist, "test", masks, results=results, slice_axis=_SLICE_AXIS)
-    picture = montage(cases, output / "montage.png")
+    picture = montage(cases, output / "montage.png", axis=_SLICE_AXIS, class_names={1: "organ"})
     minutes = (time.perf_counter() - started) / 60
     page = write_report(
         cases,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.orientations import io_orientation
 
 from medconstraints.reports.datalist import find_predictions, read_class_names, read_section
 from medconstraints.reports.montage import ReportCase, montage
@@ -209,7 +210,10 @@ def write_report(
 def _boxes(reference: Path, image: Path, slice_axis: int | None) -> np.ndarray:
     from medconstraints.transforms.boxes import label_to_boxes
 
-    labels = read_labels_on(reference, read_image(image), "reference").data.astype(np.int64)
+    volume = read_image(image)
+    labels = read_labels_on(reference, volume, "reference").data.astype(np.int64)
+    if slice_axis is not None:  # the stored axis that runs closest to this one of R, A, S
+        slice_axis = io_orientation(volume.affine)[:, 0].tolist().index(slice_axis)
     return np.asarray(label_to_boxes(labels, slice_axis=slice_axis))
 
 
@@ -230,7 +234,8 @@ def build_cases(
 ) -> list[ReportCase]:
     """Up to `max_cases` volumes of a section, spread evenly from the worst to the best mean Dice, unscored ones first.
 
-    Boxes are those of the reference's connected components, or of every slice along `slice_axis` of the stored image.
+    Boxes are those of the reference's connected components, or of every slice across `slice_axis`:
+    0, 1, 2 for sagittal, coronal, axial slices, as in training after orientation to RAS.
 
     Raises:
         FileNotFoundError: see `evaluate_predictions`.
@@ -293,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--boxes-axis",
         choices=["none", "0", "1", "2"],
         default="none",
-        help="draw the reference's boxes of every slice along this stored axis, or one per component (none, default)",
+        help="axis of R, A, S across which every slice has its boxes; none (default): one box per component",
     )
     parser.add_argument("--title", help="heading of the page (default: names of the list and the section)")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the page; repeat for more")

@@ -156,7 +156,7 @@ def _cut(case: ReportCase, axis: int | None) -> _Row:
 
     data = canonical_volume(image.data, image.affine)
     spacing = voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
-    cut = default_axis(spacing.tolist(), data.shape) if axis is None else int(orientation[axis, 0])
+    cut = default_axis(spacing.tolist(), data.shape) if axis is None else axis
     prediction, reference = labels(case.prediction, "prediction"), labels(case.reference, "reference")
     boxes = None if case.boxes is None else canonical_boxes(case.boxes, image.data.shape, image.affine)
     index = data.shape[cut] // 2
@@ -293,8 +293,8 @@ def montage(
     Args:
         cases: the first `max_cases` are drawn.
         output_png: the file to write.
-        axis: axis of the stored image to cut along; default the one of largest voxel spacing, of equals the one that
-            runs closest to superior (then anterior).
+        axis: axis of R, A, S to cut across: 0, 1, 2 for sagittal, coronal, axial slices; default the one of largest
+            voxel spacing, of equals the one that runs closest to superior (then anterior).
         max_cases: number of rows at most.
         class_names: class number -> name in the legend; default `class 1` and so on.
         overwrite: replace an existing file.
@@ -316,7 +316,7 @@ def montage(
     if not cases or max_cases < 1:
         raise ValueError(f"cases: expected at least one case to draw, got {len(cases)} with max_cases={max_cases}.")
     if axis not in (None, 0, 1, 2):
-        raise ValueError(f"axis: expected None, 0, 1 or 2 (an axis of the stored image), got {axis!r}.")
+        raise ValueError(f"axis: expected None, 0, 1 or 2 (of R, A, S), got {axis!r}.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output_png: {output} exists; choose another name, or pass overwrite=True.")
     figure = _figure([_cut(case, axis) for case in cases[:max_cases]], class_names or {})

@@ -1,6 +1,8 @@
 import json
 from html.parser import HTMLParser
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from medconstraints.reports import evaluation
@@ -145,3 +147,19 @@ def test_command_line(study, results, capsys):
     with pytest.raises(SystemExit):
         report.main([*command, "--overwrite"])
     assert "lacks ['cases', 'summary', 'provenance']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PSR", "LPS"])
+def test_boxes_of_slices_lie_across_an_axis_of_ras(tmp_path, codes):
+    """However the volume is stored, slice axis 2 gives flat boxes across the axis that runs to superior."""
+    label = np.zeros((6, 7, 8), np.uint8)
+    label[2:4, 1:5, 3:6] = 1
+    start = nib.orientations.axcodes2ornt(tuple("RAS"))
+    turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(codes)))
+    volume = nib.Nifti1Image(label, np.eye(4)).as_reoriented(turn)
+    nib.save(volume, tmp_path / "label.nii.gz")
+    boxes = report._boxes(tmp_path / "label.nii.gz", tmp_path / "label.nii.gz", 2)
+    extents = boxes[:, 4:] - boxes[:, 1:4]
+    superior = next(axis for axis, code in enumerate(codes) if code in "SI")
+    assert len(boxes) == 3
+    assert (extents[:, superior] == 1).all() and (np.delete(extents, superior, axis=1) > 1).all()

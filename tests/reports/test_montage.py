@@ -114,9 +114,9 @@ def make_case(tmp_path, codes="LPS", spacing=(1.0, 2.0, 4.0), labels_codes=None,
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
 def test_image_box_and_masks_agree_on_the_slice(tmp_path, codes, labels_codes, axis):
     row = _cut(make_case(tmp_path, codes, labels_codes=labels_codes), axis)
-    stored = 2 if axis is None else axis  # 4 mm, the thickest
     letters = dict(zip("RLAPSI", (0, 0, 1, 1, 2, 2), strict=True))
-    assert row.axis == letters[codes[stored]]
+    thickest = letters[codes[2]]  # 4 mm
+    assert row.axis == (thickest if axis is None else axis)
     np.testing.assert_array_equal(row.image > 0, row.reference == 3)
     np.testing.assert_array_equal(row.prediction, row.reference)
     (rectangle,) = row.rectangles
