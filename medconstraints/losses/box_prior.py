@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medconstraints.losses.base import ProbabilityLoss, plain
-from medconstraints.statistics.box_plan import BoxPlan, check_width, plan_boxes
+from medconstraints.statistics.box_plan import BoxPlan, check_width, plan_boxes, to_device
 from medconstraints.statistics.boxes import box_sums, inside_mask
 
 __all__ = ["BoxPriorLoss"]
@@ -145,19 +145,20 @@ class BoxPriorLoss(ProbabilityLoss):
             else:
                 assert outside_mask is not None
                 inside = total - _images(probs, plan).mul(outside_mask).flatten(2).sum(-1, dtype=total.dtype)
-            residuals, weights = self._constraints(plan, segments, total, inside)
-            lengths = [part.numel() for part in residuals]
-            residual = torch.cat([part.reshape(-1) for part in residuals])
+            masses = [segments, *[(total if self.normalization == "paper" else inside).reshape(-1)] * 2]
+            if self.emptiness == "constraint":
+                masses.append((total - inside).reshape(-1))
+            offset, scale, weight = to_device(self._scales(plan), probs.device)
+            mass = torch.cat(masses)
+            residual = torch.addcmul(offset[: len(mass)], scale[: len(mass)], mass)
             cost = self.formulation(residual)
             if self.emptiness == "cross_entropy":
                 assert outside_mask is not None
                 log_background = _images(self._log_complement(probs, plain(input)), plan)
                 missed = -log_background.mul(outside_mask).flatten(2).sum(-1, dtype=cost.dtype)
                 cost = torch.cat([cost, missed.reshape(-1)])
-                lengths.append(missed.numel())
-            weight = torch.from_numpy(np.concatenate(weights)).to(probs.device, non_blocking=True)
             weighted = cost * weight
-            self._last = residual.detach(), weighted.detach(), weight, lengths
+            self._last = residual.detach(), weighted.detach(), weight, [len(segments), 2 * total.numel(), total.numel()]
             return self._reduce(weighted, plan, probs)
 
     def terms(self) -> dict[str, Tensor]:
@@ -178,47 +179,42 @@ class BoxPriorLoss(ProbabilityLoss):
             start += length
         return terms
 
-    def _constraints(
-        self, plan: BoxPlan, segments: Tensor, total: Tensor, inside: Tensor
-    ) -> tuple[list[Tensor], list[np.ndarray]]:
-        """Residuals of tightness, size (lower and upper bounds) and emptiness, and the weights of their costs.
+    def _scales(self, plan: BoxPlan) -> np.ndarray:
+        """Every residual is `offset + scale * mass`, every cost has a weight: (3, R) float64.
 
-        With the cross-entropy in place of the emptiness constraint the last residual is left out, not its weight.
+        R counts the bands, then the lower and upper size bounds and the emptiness of every image and class.
         """
-        device, shape = segments.device, plan.box_volume.shape
+        volume, width = plan.box_volume, plan.segment_width
         bounds = self.size_bounds
-        if len(bounds) not in (1, shape[1]):
+        if len(bounds) not in (1, volume.shape[1]):
             raise ValueError(
-                f"size_bounds: expected one pair or {shape[1]} pairs, one per foreground class, got {len(bounds)}."
+                f"size_bounds: expected one pair or {volume.shape[1]} pairs, one per foreground class, got "
+                f"{len(bounds)}."
             )
-        lower, upper = (_tensor(bound, device) for bound in bounds.T)
-        widths, volume = _tensor(plan.segment_width, device), _tensor(plan.box_volume, device)
         # A box that the image's border cuts says nothing about how much of its visible part is filled.
-        sized = (plan.box_volume > 0) & ~plan.box_cut
+        sized = (volume > 0) & ~plan.box_cut
         if self.normalization == "paper":
             voxels = float(np.prod(plan.shape))
-            tight = widths - segments
-            size = torch.stack([lower * volume - total, total - upper * volume])
-            empty = total - inside
-            band_weight = np.ones(plan.num_segments)
-            size_weight, empty_weight = sized / voxels, np.full(shape, 1 / voxels)
+            tight = width, -np.ones_like(width), np.ones_like(width)
+            object_scale = np.ones_like(volume)
+            lower, upper = bounds[:, 0] * volume, bounds[:, 1] * volume
+            size_weight, empty_scale, empty_weight = sized / voxels, 1.0, 1 / voxels
         else:
             share, mean_volume, images = _relative_scales(plan)
-            tight = 1 - segments / widths
-            filled = inside / volume.clamp(min=1)
-            size = torch.stack([lower - filled, filled - upper])
-            empty = (total - inside) / _tensor(mean_volume, device)
-            bands = np.bincount(plan.segment_group, minlength=share.size)
-            band_weight = (share.reshape(-1) / np.maximum(bands, 1))[plan.segment_group]
-            size_weight, empty_weight = sized * share, np.broadcast_to(images, shape)
+            bands = np.bincount(plan.segment_group, minlength=volume.size)
+            tight = np.ones_like(width), -1 / width, (share.reshape(-1) / np.maximum(bands, 1))[plan.segment_group]
+            object_scale = 1 / np.maximum(volume, 1)
+            lower, upper = bounds[:, 0], bounds[:, 1]
+            size_weight, empty_scale, empty_weight = sized * share, 1 / mean_volume, images
             if self.emptiness == "cross_entropy":
                 empty_weight = empty_weight / mean_volume
-        weights = [
-            self.tightness_weight * band_weight,
-            self.size_weight * np.tile(size_weight.reshape(-1), 2),
-            self.emptiness_weight * empty_weight.reshape(-1),
-        ]
-        return [tight, size] + ([empty] if self.emptiness == "constraint" else []), weights
+        groups = np.empty((3, 3, *volume.shape))  # offset, scale, weight of lower bound, upper bound, emptiness
+        groups[:, 0] = np.broadcast_to(lower, volume.shape), -object_scale, self.size_weight * size_weight
+        groups[:, 1] = np.broadcast_to(-upper, volume.shape), object_scale, self.size_weight * size_weight
+        for row, value in enumerate((0.0, empty_scale, self.emptiness_weight * empty_weight)):
+            groups[row, 2] = value
+        tight_rows = np.stack([tight[0], tight[1], self.tightness_weight * tight[2]])
+        return np.concatenate([tight_rows, groups.reshape(3, -1)], axis=1)
 
     def _log_complement(self, probs: Tensor, input: Tensor) -> Tensor:
         """log(1 - s), (B, C, *S), with a slope also where s is rounded to 1."""
@@ -238,7 +234,7 @@ class BoxPriorLoss(ProbabilityLoss):
             group = np.concatenate([plan.segment_group, groups, groups, groups])
             index = group // num_classes // (images // probs.shape[0]) * num_classes + group % num_classes
             out = weighted.new_zeros(probs.shape[0] * num_classes)
-            return out.index_add(0, _tensor(index, probs.device), weighted).view(-1, num_classes).to(probs.dtype)
+            return out.index_add(0, to_device(index, probs.device), weighted).view(-1, num_classes).to(probs.dtype)
         loss = weighted.sum()
         if self.reduction == "mean" and self.normalization == "paper":
             loss = loss / images
@@ -251,10 +247,6 @@ class BoxPriorLoss(ProbabilityLoss):
             f"weights=({self.tightness_weight:g}, {self.size_weight:g}, {self.emptiness_weight:g}), "
             f"emptiness={self.emptiness!r}, normalization={self.normalization!r}"
         )
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def _relative_scales(plan: BoxPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

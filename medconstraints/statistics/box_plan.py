@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BoxPlan", "check_width", "plan_boxes"]
+__all__ = ["BoxPlan", "check_width", "plan_boxes", "to_device"]
 
 # More intersections of one size than this, in one image and class, are left to a mask.
 _MAX_CORRECTIONS = 32
@@ -159,17 +159,23 @@ def plan_boxes(
         shape=tuple(int(n) for n in size),
         slice_axis=slice_axis,
         first_channel=first_channel,
-        starts=torch.from_numpy(starts.reshape(slots_shape)).to(device, non_blocking=True),
-        stops=torch.from_numpy(stops.reshape(slots_shape)).to(device, non_blocking=True),
-        line_index=torch.from_numpy(line_index).to(device, non_blocking=True),
-        line_segment=torch.from_numpy(line_segment).to(device, non_blocking=True),
+        starts=to_device(starts.reshape(slots_shape), device),
+        stops=to_device(stops.reshape(slots_shape), device),
+        line_index=to_device(line_index, device),
+        line_segment=to_device(line_segment, device),
         num_segments=len(segment_width),
         segment_width=segment_width,
         segment_group=segment_group,
         box_volume=volume.reshape(num_images, num_classes),
         box_cut=box_cut.reshape(num_images, num_classes),
-        slot_sign=torch.from_numpy(signs.reshape(slots_shape[:3])).to(device, non_blocking=True) if signed else None,
+        slot_sign=to_device(signs.reshape(slots_shape[:3]), device) if signed else None,
     )
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """A numpy array as a tensor on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if str(device) == "cpu" else tensor.to(device, non_blocking=True)
 
 
 def check_width(width: object) -> None:

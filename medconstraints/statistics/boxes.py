@@ -21,7 +21,7 @@ __all__ = ["box_sums", "inside_mask"]
 def _indicator(plan: BoxPlan, axis: int, dtype: torch.dtype) -> Tensor:
     """1 where a slot covers a coordinate of `axis`: (I, K, M, size)."""
     grid = torch.arange(plan.shape[axis], device=plan.starts.device)
-    return ((grid >= plan.starts[..., axis, None]) & (grid < plan.stops[..., axis, None])).to(dtype)
+    return (grid >= plan.starts[..., axis, None]).logical_and_(grid < plan.stops[..., axis, None]).to(dtype)
 
 
 def _outer(factors: list[Tensor]) -> Tensor:
