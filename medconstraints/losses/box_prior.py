@@ -157,9 +157,8 @@ class BoxPriorLoss(ProbabilityLoss):
                 log_background = _images(self._log_complement(probs, plain(input)), plan)
                 missed = -log_background.mul(outside_mask).flatten(2).sum(-1, dtype=cost.dtype)
                 cost = torch.cat([cost, missed.reshape(-1)])
-            weighted = cost * weight
-            self._last = residual.detach(), weighted.detach(), weight, [len(segments), 2 * total.numel(), total.numel()]
-            return self._reduce(weighted, plan, probs)
+            self._last = residual.detach(), cost.detach(), weight, [len(segments), 2 * total.numel(), total.numel()]
+            return self._reduce(cost, weight, plan, probs)
 
     def terms(self) -> dict[str, Tensor]:
         """Parts of the last forward pass, detached 0-dim tensors on its device: for logging.
@@ -169,8 +168,8 @@ class BoxPriorLoss(ProbabilityLoss):
         """
         if self._last is None:
             raise ValueError("terms: no forward pass has been made yet; call the loss first.")
-        residual, weighted, weight, lengths = self._last
-        terms = {name: part.sum().float() for name, part in zip(_TERMS, weighted.split(lengths), strict=True)}
+        residual, cost, weight, lengths = self._last
+        terms = {name: part.sum().float() for name, part in zip(_TERMS, (cost * weight).split(lengths), strict=True)}
         start = 0
         for name, length in zip(_TERMS[:2], lengths[:2], strict=True):
             met, used = residual[start : start + length] <= 0, weight[start : start + length] > 0
@@ -227,15 +226,16 @@ class BoxPriorLoss(ProbabilityLoss):
             return (before + behind).movedim(-1, 1).clamp(min=torch.finfo(probs.dtype).tiny).log()
         return torch.log1p(-probs.clamp(max=1 - torch.finfo(probs.dtype).eps))
 
-    def _reduce(self, weighted: Tensor, plan: BoxPlan, probs: Tensor) -> Tensor:
+    def _reduce(self, cost: Tensor, weight: Tensor, plan: BoxPlan, probs: Tensor) -> Tensor:
         images, num_classes = plan.box_volume.shape
         if self.reduction == "none":
             groups = np.arange(images * num_classes)
             group = np.concatenate([plan.segment_group, groups, groups, groups])
             index = group // num_classes // (images // probs.shape[0]) * num_classes + group % num_classes
-            out = weighted.new_zeros(probs.shape[0] * num_classes)
-            return out.index_add(0, to_device(index, probs.device), weighted).view(-1, num_classes).to(probs.dtype)
-        loss = weighted.sum()
+            out = cost.new_zeros(probs.shape[0] * num_classes)
+            summed = out.index_add(0, to_device(index, probs.device), cost * weight)
+            return summed.view(-1, num_classes).to(probs.dtype)
+        loss = torch.dot(cost, weight)
         if self.reduction == "mean" and self.normalization == "paper":
             loss = loss / images
         return loss.to(probs.dtype)

@@ -61,6 +61,7 @@ class _BoxSums(torch.autograd.Function):
             profiles = [first, second, last]
         lines = torch.cat([p.reshape(-1) for p in profiles])
         segments = lines.new_zeros(plan.num_segments).index_add_(0, plan.line_segment, lines[plan.line_index])
+        ctx.weights = weights
         return segments, (last * weights[-1]).sum(-1)
 
     @staticmethod
@@ -80,7 +81,7 @@ class _BoxSums(torch.autograd.Function):
             part.view(*grad_slots.shape, size)
             for part, size in zip(lines.split([num_slots * n for n in plan.shape]), plan.shape, strict=True)
         ]
-        weights = [_indicator(plan, axis, work) for axis in range(dims)]
+        weights = [weight.to(work) for weight in ctx.weights]
         profiles[-1] = profiles[-1] + grad_slots.to(work).unsqueeze(-1) * weights[-1]
         rows = profiles[0]
         if dims == 3:
