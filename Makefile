@@ -59,11 +59,11 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.report: $(VENV)/.created setup.cfg constraints.txt
-	@echo "Installing into $(VENV) (about a minute, 1.5 GB) ..."
+	@echo "Installing into $(VENV) (minutes; torch alone is 1 GB, several with CUDA: see PIP_ARGS) ..."
 	@$(PIP_INSTALL) -e '.[report]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.created setup.cfg constraints.txt
-	@echo "Installing into $(VENV) with the test tools (about a minute, 2 GB) ..."
+	@echo "Installing into $(VENV) with the test tools (minutes; torch alone is 1 GB, several with CUDA: see PIP_ARGS) ..."
 	@$(PIP_INSTALL) -e '.[report,test,itk]'
 	@touch $@

@@ -115,7 +115,7 @@ class BoxPriorLoss(ProbabilityLoss):
         self.emptiness_weight = float(emptiness_weight)
         self.emptiness = emptiness
         self.normalization = normalization
-        self._last: tuple[Tensor, Tensor, Tensor, list[int]] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor, list[int], int] | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Loss of a batch.
@@ -157,24 +157,31 @@ class BoxPriorLoss(ProbabilityLoss):
                 log_background = _images(self._log_complement(probs, plain(input)), plan)
                 missed = -log_background.mul(outside_mask).flatten(2).sum(-1, dtype=cost.dtype)
                 cost = torch.cat([cost, missed.reshape(-1)])
-            self._last = residual.detach(), cost.detach(), weight, [len(segments), 2 * total.numel(), total.numel()]
-            return self._reduce(cost, weight, plan, probs)
+            # "relative" is a mean already.
+            images = len(plan.box_volume) if self.normalization == "paper" and self.reduction == "mean" else 1
+            lengths = [len(segments), 2 * total.numel(), total.numel()]
+            self._last = residual.detach(), cost.detach(), weight, lengths, images
+            return self._reduce(cost, weight, images, plan).to(probs.dtype)
 
     def terms(self) -> dict[str, Tensor]:
         """Parts of the last forward pass, detached 0-dim tensors on its device: for logging.
 
-        Keys: "tightness", "size", "emptiness" (weighted, they add up to the sum-reduced loss times its normalisation),
-        and "satisfied_tightness", "satisfied_size": the share of the constraints with a residual <= 0.
+        Keys: "tightness", "size", "emptiness": weighted, they add up to the loss ("none" to the sum of its entries);
+        "satisfied_tightness", "satisfied_size": share of the constraints with a residual <= 0, 1 in a batch without
+        such a constraint. The share of a term whose weight is 0 is left out.
         """
         if self._last is None:
             raise ValueError("terms: no forward pass has been made yet; call the loss first.")
-        residual, cost, weight, lengths = self._last
-        terms = {name: part.sum().float() for name, part in zip(_TERMS, (cost * weight).split(lengths), strict=True)}
+        residual, cost, weight, lengths, divisor = self._last
+        parts = (cost * weight / divisor).split(lengths)
+        terms = {name: part.sum().float() for name, part in zip(_TERMS, parts, strict=True)}
         start = 0
-        for name, length in zip(_TERMS[:2], lengths[:2], strict=True):
-            met, used = residual[start : start + length] <= 0, weight[start : start + length] > 0
-            # No constraint: none is violated.
-            terms[f"satisfied_{name}"] = ((met & used).sum() / used.sum()).nan_to_num(1.0)
+        for name, length, used_at_all in zip(
+            _TERMS[:2], lengths[:2], (self.tightness_weight > 0, self.size_weight > 0), strict=True
+        ):
+            if used_at_all:
+                met, used = residual[start : start + length] <= 0, weight[start : start + length] > 0
+                terms[f"satisfied_{name}"] = ((met & used).sum() / used.sum()).nan_to_num(1.0)
             start += length
         return terms
 
@@ -190,6 +197,8 @@ class BoxPriorLoss(ProbabilityLoss):
                 f"size_bounds: expected one pair or {volume.shape[1]} pairs, one per foreground class, got "
                 f"{len(bounds)}."
             )
+        empty_scale: float | np.ndarray
+        empty_weight: float | np.ndarray
         # A box that the image's border cuts says nothing about how much of its visible part is filled.
         sized = (volume > 0) & ~plan.box_cut
         if self.normalization == "paper":
@@ -226,19 +235,15 @@ class BoxPriorLoss(ProbabilityLoss):
             return (before + behind).movedim(-1, 1).clamp(min=torch.finfo(probs.dtype).tiny).log()
         return torch.log1p(-probs.clamp(max=1 - torch.finfo(probs.dtype).eps))
 
-    def _reduce(self, cost: Tensor, weight: Tensor, plan: BoxPlan, probs: Tensor) -> Tensor:
+    def _reduce(self, cost: Tensor, weight: Tensor, divisor: int, plan: BoxPlan) -> Tensor:
+        if self.reduction != "none":
+            return (cost * weight).sum() / divisor
         images, num_classes = plan.box_volume.shape
-        if self.reduction == "none":
-            groups = np.arange(images * num_classes)
-            group = np.concatenate([plan.segment_group, groups, groups, groups])
-            index = group // num_classes // (images // probs.shape[0]) * num_classes + group % num_classes
-            out = cost.new_zeros(probs.shape[0] * num_classes)
-            summed = out.index_add(0, to_device(index, probs.device), cost * weight)
-            return summed.view(-1, num_classes).to(probs.dtype)
-        loss = torch.dot(cost, weight)
-        if self.reduction == "mean" and self.normalization == "paper":
-            loss = loss / images
-        return loss.to(probs.dtype)
+        groups = np.arange(images * num_classes)
+        group = np.concatenate([plan.segment_group, groups, groups, groups])
+        index = group // num_classes // plan.num_slices * num_classes + group % num_classes
+        out = cost.new_zeros(images // plan.num_slices * num_classes)
+        return out.index_add(0, to_device(index, cost.device), cost * weight).view(-1, num_classes)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""

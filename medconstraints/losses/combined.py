@@ -80,11 +80,12 @@ class CombinedLoss(_Loss):
         return total
 
     def terms(self) -> dict[str, Tensor]:
-        """Weighted value of each loss in the last forward pass, and `name_term` for a loss that has terms itself."""
+        """Weighted value of each loss in the last forward pass, and `name_term`, unweighted, for one with terms."""
         terms = dict(self._last)
         for name, loss in self.losses.items():
-            own: Any = getattr(loss, "terms", dict)
-            terms.update({f"{name}_{key}": value for key, value in own().items()})
+            own: Any = getattr(loss, "terms", None)
+            if own is not None:
+                terms.update({f"{name}_{key}": value for key, value in own().items()})
         return terms
 
     def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor:

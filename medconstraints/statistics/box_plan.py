@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class BoxPlan:
         box_cut: whether a box of that image and class reaches beyond the image, (I, K) bool on the host.
         slot_sign: (I, K, M) float64 on the device; the signed sum of the slots is the sum over the union of the boxes.
             None when too many boxes share voxels: then use `inside_mask`.
+        num_slices: images of each sample: slices across `slice_axis`, else 1.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +56,17 @@ class BoxPlan:
     box_volume: np.ndarray
     box_cut: np.ndarray
     slot_sign: Tensor | None
+    num_slices: int
+
+    @cached_property
+    def indicators(self) -> list[Tensor]:
+        """For each axis 1 where a slot covers a coordinate, else 0: (I, K, M, size) float64."""
+        found = []
+        for axis, size in enumerate(self.shape):
+            grid = torch.arange(size, device=self.starts.device)
+            covered = (grid >= self.starts[..., axis, None]).logical_and_(grid < self.stops[..., axis, None])
+            found.append(covered.to(torch.float64))
+        return found
 
 
 def plan_boxes(
@@ -126,7 +139,8 @@ def plan_boxes(
         )
         image = sample * spatial[slice_axis] + start[:, slice_axis]
         start, stop, cut, thick, size = start[:, axes], stop[:, axes], cut[:, axes], thick[:, axes], size[axes]
-    num_images = batch * (spatial[slice_axis] if slice_axis is not None else 1)
+    num_slices = spatial[slice_axis] if slice_axis is not None else 1
+    num_images = batch * num_slices
 
     order = np.argsort(image * num_classes + cls - 1, kind="stable")
     group = (image * num_classes + cls - 1)[order]
@@ -169,6 +183,7 @@ def plan_boxes(
         box_volume=volume.reshape(num_images, num_classes),
         box_cut=box_cut.reshape(num_images, num_classes),
         slot_sign=to_device(signs.reshape(slots_shape[:3]), device) if signed else None,
+        num_slices=num_slices,
     )
 
 
@@ -197,7 +212,8 @@ def _checked_rows(boxes: Tensor, batch: int, dims: int) -> np.ndarray:
             f"boxes: expected shape ({batch}, N, {1 + 2 * dims}), rows [class, start_1..start_{dims}, "
             f"stop_1..stop_{dims}], for {dims}D images, got {tuple(boxes.shape)}; collate with pad_boxes_collate."
         )
-    return np.asarray(torch.Tensor.numpy(boxes.detach().cpu()), dtype=np.int64)
+    # Not `.numpy()`, which torch.func refuses, and no operation on boxes that are on the CPU already.
+    return np.asarray(np.from_dlpack(boxes if boxes.device.type == "cpu" else boxes.cpu()), dtype=np.int64)
 
 
 def _refuse(bad: Any, found: tuple[np.ndarray, np.ndarray, np.ndarray], why: str) -> None:

@@ -18,12 +18,6 @@ from medconstraints.statistics.box_plan import BoxPlan
 __all__ = ["box_sums", "inside_mask"]
 
 
-def _indicator(plan: BoxPlan, axis: int, dtype: torch.dtype) -> Tensor:
-    """1 where a slot covers a coordinate of `axis`: (I, K, M, size)."""
-    grid = torch.arange(plan.shape[axis], device=plan.starts.device)
-    return (grid >= plan.starts[..., axis, None]).logical_and_(grid < plan.stops[..., axis, None]).to(dtype)
-
-
 def _outer(factors: list[Tensor]) -> Tensor:
     """Outer product of per-axis factors (..., n_1), (..., n_2), flattened: (..., n_1 * n_2)."""
     product = factors[0]
@@ -32,71 +26,94 @@ def _outer(factors: list[Tensor]) -> Tensor:
     return product
 
 
-def _as_images(probs: Tensor, plan: BoxPlan) -> Tensor:
-    """(B, C, *S) -> (B, slices or 1, C, *image shape), a view."""
-    return probs.unsqueeze(1) if plan.slice_axis is None else probs.movedim(2 + plan.slice_axis, 1)
+def _gather(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
+    """Mass of every band and slot."""
+    images = probs.unsqueeze(1) if plan.slice_axis is None else probs.movedim(2 + plan.slice_axis, 1)
+    # float64: a float32 sum over 100,000 voxels is off by more than 1e-3 voxels.
+    images = images[:, :, plan.first_channel :].to(torch.float64, memory_format=torch.contiguous_format)
+    images = images.flatten(0, 1).flatten(2, -2)  # (I, K, R, last)
+    weights = plan.indicators
+    across = images @ weights[-1].transpose(-1, -2)  # (I, K, R, M)
+    last = _outer(weights[:-1]) @ images  # (I, K, M, last)
+    if len(plan.shape) == 2:
+        profiles = [across.transpose(-1, -2), last]
+    else:
+        across = across.unflatten(2, plan.shape[:2])
+        first = torch.einsum("ikxym,ikmy->ikmx", across, weights[1])
+        second = torch.einsum("ikxym,ikmx->ikmy", across, weights[0])
+        profiles = [first, second, last]
+    lines = torch.cat([profile.reshape(-1) for profile in profiles])
+    segments = lines.new_zeros(plan.num_segments).index_add_(0, plan.line_segment, lines[plan.line_index])
+    return segments, (last * weights[-1]).sum(-1)
 
 
-class _BoxSums(torch.autograd.Function):
-    """Sums over bands and slots; linear in the probabilities, so only the plan is kept for the backward pass."""
+def _spread(segments: Tensor, slots: Tensor, plan: BoxPlan, dtype: torch.dtype) -> Tensor:
+    """The transpose of `_gather`: every voxel gets the values of the bands and slots that hold it, (B, C, *S)."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    num_slots = slots.numel()
+    lines = torch.zeros(num_slots * sum(plan.shape), dtype=work, device=slots.device)
+    lines[plan.line_index] = segments.to(work)[plan.line_segment]
+    profiles = [
+        part.view(*slots.shape, size)
+        for part, size in zip(lines.split([num_slots * n for n in plan.shape]), plan.shape, strict=True)
+    ]
+    weights = [weight.to(work) for weight in plan.indicators]
+    profiles[-1] = profiles[-1] + slots.to(work).unsqueeze(-1) * weights[-1]
+    rows = profiles[0]
+    if len(plan.shape) == 3:
+        rows = _outer([rows, weights[1]]) + _outer([weights[0], profiles[1]])
+    left = torch.cat([rows, _outer(weights[:-1])], dim=-2).transpose(-1, -2)  # (I, K, R, 2 M)
+    right = torch.cat([weights[-1], profiles[-1]], dim=-2)  # (I, K, 2 M, last)
+    if plan.first_channel:
+        # The background takes part with zero factors: one product then writes the whole gradient.
+        left = torch.nn.functional.pad(left, (0, 0, 0, 0, 1, 0))
+        right = torch.nn.functional.pad(right, (0, 0, 0, 0, 1, 0))
+    grad = (left @ right).to(dtype)
+    per_sample = 1 if plan.slice_axis is None else plan.num_slices
+    grad = grad.view(-1, per_sample, grad.shape[1], *plan.shape)
+    return grad.squeeze(1) if plan.slice_axis is None else grad.movedim(1, 2 + plan.slice_axis)
+
+
+class _Gather(torch.autograd.Function):
+    """`_gather` with its transpose as derivative; linear, so only the plan is kept."""
 
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
-        dims = len(plan.shape)
-        ctx.plan, ctx.probs_shape, ctx.dtype = plan, probs.shape, probs.dtype
-        # float64: a float32 sum over 100,000 voxels is off by more than 1e-3 voxels.
-        images = _as_images(probs, plan)[:, :, plan.first_channel :].to(
-            torch.float64, memory_format=torch.contiguous_format
-        )
-        images = images.flatten(0, 1).flatten(2, -2)  # (I, K, R, last)
-        weights = [_indicator(plan, axis, torch.float64) for axis in range(dims)]
-        across = images @ weights[-1].transpose(-1, -2)  # (I, K, R, M)
-        last = _outer(weights[:-1]) @ images  # (I, K, M, last)
-        if dims == 2:
-            profiles = [across.transpose(-1, -2), last]
-        else:
-            across = across.unflatten(2, plan.shape[:2])
-            first = torch.einsum("ikxym,ikmy->ikmx", across, weights[1])
-            second = torch.einsum("ikxym,ikmx->ikmy", across, weights[0])
-            profiles = [first, second, last]
-        lines = torch.cat([p.reshape(-1) for p in profiles])
-        segments = lines.new_zeros(plan.num_segments).index_add_(0, plan.line_segment, lines[plan.line_index])
-        ctx.weights = weights
-        return segments, (last * weights[-1]).sum(-1)
+    def forward(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
+        return _gather(probs, plan)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.plan, ctx.dtype = inputs[1], inputs[0].dtype
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # The products of a backward pass that is run under autocast would be made in half precision.
         with torch.autocast(grads[0].device.type, enabled=False):
-            return _BoxSums._gradient(ctx, *grads), None
+            return _Spread.apply(*grads, ctx.plan, ctx.dtype), None
 
     @staticmethod
-    def _gradient(ctx: Any, grad_segments: Tensor, grad_slots: Tensor) -> Tensor:
-        plan, dims = ctx.plan, len(ctx.plan.shape)
-        work = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        num_slots = grad_slots.numel()
-        lines = torch.zeros(num_slots * sum(plan.shape), dtype=work, device=grad_slots.device)
-        lines[plan.line_index] = grad_segments.to(work)[plan.line_segment]
-        profiles = [
-            part.view(*grad_slots.shape, size)
-            for part, size in zip(lines.split([num_slots * n for n in plan.shape]), plan.shape, strict=True)
-        ]
-        weights = [weight.to(work) for weight in ctx.weights]
-        profiles[-1] = profiles[-1] + grad_slots.to(work).unsqueeze(-1) * weights[-1]
-        rows = profiles[0]
-        if dims == 3:
-            rows = _outer([rows, weights[1]]) + _outer([weights[0], profiles[1]])
-        left = torch.cat([rows, _outer(weights[:-1])], dim=-2).transpose(-1, -2)  # (I, K, R, 2 M)
-        right = torch.cat([weights[-1], profiles[-1]], dim=-2)  # (I, K, 2 M, last)
-        if plan.first_channel:
-            # The background takes part with zero factors: one product then writes the whole gradient.
-            left = torch.nn.functional.pad(left, (0, 0, 0, 0, 1, 0))
-            right = torch.nn.functional.pad(right, (0, 0, 0, 0, 1, 0))
-        grad = (left @ right).to(ctx.dtype)
-        if plan.slice_axis is None:
-            return grad.view(ctx.probs_shape)
-        batch, channels = ctx.probs_shape[:2]
-        return grad.view(batch, -1, channels, *plan.shape).movedim(1, 2 + plan.slice_axis)
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        return _gather(tangent, ctx.plan)
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread` with `_gather` as derivative: second derivatives, as bilevel methods take them."""
+
+    @staticmethod
+    def forward(segments: Tensor, slots: Tensor, plan: BoxPlan, dtype: torch.dtype) -> Tensor:
+        return _spread(segments, slots, plan, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.plan, ctx.dtype = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_Gather.apply(grads[0], ctx.plan), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, segments: Tensor, slots: Tensor, *_: Any) -> Tensor:
+        return _spread(segments, slots, ctx.plan, ctx.dtype)
 
 
 def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
@@ -109,7 +126,8 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
     Returns:
         `(segments, slots)` in voxels, float64: (S,) the mass of each band, left side of eq. 6.2 of Kervadec 2020, and
         (I, K, M) the mass of each slot: slot 0 the whole image, then the boxes. Exact to float64 rounding; gradients
-        are computed in float32 (float64 for float64 input). First derivatives only.
+        are computed in float32 (float64 for float64 input), second derivatives and `torch.func` work. Time and memory
+        grow with the largest number of boxes that one image and class has, from about 20 on.
 
     Raises:
         ValueError: the probabilities do not have the shape that was planned.
@@ -124,18 +142,18 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
     """
     spatial = list(plan.shape)
     if plan.slice_axis is not None:
-        spatial.insert(plan.slice_axis, plan.box_volume.shape[0] // probs.shape[0])
+        spatial.insert(plan.slice_axis, plan.num_slices)
     channels = plan.box_volume.shape[1] + plan.first_channel
     if list(probs.shape[1:]) != [channels, *spatial] or not probs.is_floating_point():
         raise ValueError(
             f"probs: expected floating point (B, {channels}, {', '.join(map(str, spatial))}) as planned, got "
             f"{probs.dtype} of shape {tuple(probs.shape)}; plan the boxes for this shape."
         )
-    return _BoxSums.apply(probs, plan)
+    return _Gather.apply(probs, plan)
 
 
 def inside_mask(plan: BoxPlan) -> Tensor:
     """True inside a box of the class, (I, K, *image shape) bool; only needed for overlapping boxes or voxel losses."""
-    weights = [_indicator(plan, axis, torch.float32)[:, :, 1:] for axis in range(len(plan.shape))]
+    weights = [weight[:, :, 1:].float() for weight in plan.indicators]
     counts = _outer(weights[:-1]).transpose(-1, -2) @ weights[-1]
     return (counts > 0.5).view(*counts.shape[:2], *plan.shape)

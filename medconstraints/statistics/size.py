@@ -38,12 +38,12 @@ def soft_size(probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = None)
     size = probs.flatten(2).sum(-1, keepdim=True, dtype=dtype)
     if spacing_mm is None:
         return size
-    spacing = torch.as_tensor(spacing_mm, dtype=dtype, device=probs.device)
+    spacing = torch.as_tensor(spacing_mm, dtype=dtype)
     dims = probs.dim() - 2
     if spacing.shape not in ((dims,), (probs.shape[0], dims)) or not bool((spacing > 0).all()):
         raise ValueError(
             f"spacing_mm: expected {dims} positive values, or one row of {dims} for each of the {probs.shape[0]} "
             f"samples, got shape {tuple(spacing.shape)}: {spacing.tolist()}."
         )
-    voxel = spacing.prod(-1)
+    voxel = spacing.prod(-1).to(probs.device)
     return size * (voxel.view(-1, 1, 1) if voxel.dim() else voxel)

@@ -771,3 +771,27 @@ def test_slice_axis_fits_the_image():
 def test_four_spatial_axes_are_refused():
     with pytest.raises(ValueError, match="input: expected"):
         BoxPriorLoss(LogBarrierExtension())(torch.rand(1, 2, 4, 4, 4, 4), torch.zeros(1, 0, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("normalization", ["relative", "paper"])
+@pytest.mark.parametrize("emptiness", ["constraint", "cross_entropy"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_terms_add_up_to_the_loss(normalization, emptiness, reduction, rng):
+    shape, rows, options = CASES["2D, several and overlapping"]
+    loss = BoxPriorLoss(
+        LogBarrierExtension(),
+        normalization=normalization,
+        emptiness=emptiness,
+        reduction=reduction,
+        tightness_weight=0.3,
+        **options,
+    )
+    value = loss(random_probs(shape, rng), tensor_of(rows, 2)).sum().item()
+    terms = loss.terms()
+    assert sum(terms[name].item() for name in ("tightness", "size", "emptiness")) == pytest.approx(value, rel=1e-6)
+
+
+def test_the_share_of_a_dropped_term_is_left_out(rng):
+    loss = BoxPriorLoss(LogBarrierExtension(), tightness_weight=0)
+    loss(random_probs((1, 2, 8, 8), rng), torch.tensor([[[1, 2, 2, 6, 6]]]))
+    assert "satisfied_tightness" not in loss.terms() and "satisfied_size" in loss.terms()

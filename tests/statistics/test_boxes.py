@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from medconstraints.formulations import LogBarrierExtension
+from medconstraints.losses import BoxPriorLoss
 from medconstraints.statistics import box_sums, inside_mask, plan_boxes
 
 PAD2, PAD3 = [-1] * 5, [-1] * 7
@@ -311,12 +313,39 @@ def test_gradcheck_of_every_entry(rng):
     assert torch.autograd.gradcheck(lambda p: box_sums(p, plan), probs)
 
 
-def test_only_first_derivatives(rng):
-    probs = torch.from_numpy(rng.random((1, 2, 5, 5))).requires_grad_()
-    segments, _ = box_sums(probs, planned(probs.shape, [[[1, 0, 0, 4, 4]]]))
-    (grad,) = torch.autograd.grad(segments.square().sum(), probs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+DERIVATIVES = [
+    ((2, 3, 5, 6), [[[1, 0, 1, 4, 4], [2, 1, 1, 3, 6]], [[1, 1, 0, 4, 3]]], None),
+    ((1, 2, 4, 5, 3), [[[1, 0, 1, 0, 3, 4, 3]]], None),
+    ((1, 3, 4, 5, 3), [[[1, 0, 1, 1, 3, 4, 2], [2, 1, 1, 2, 4, 5, 3]]], 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "rows", "slice_axis"), DERIVATIVES)
+def test_second_and_forward_derivatives(shape, rows, slice_axis, rng):
+    """What bilevel methods take: double backward and forward mode."""
+    probs = torch.from_numpy(rng.random(shape)).requires_grad_()
+    plan = planned(shape, rows, 2, slice_axis)
+
+    def squares(values):
+        segments, slots = box_sums(values, plan)
+        return segments.square().sum() + slots.square().sum()
+
+    assert torch.autograd.gradcheck(squares, probs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(squares, probs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize(("shape", "rows", "slice_axis"), DERIVATIVES)
+def test_torch_func(shape, rows, slice_axis, rng):
+    """The whole loss inside `torch.func.grad`, where tensors may have no data of their own."""
+    loss = BoxPriorLoss(LogBarrierExtension(), softmax=True, width=2, slice_axis=slice_axis)
+    logits = torch.from_numpy(rng.normal(size=shape)).requires_grad_()
+    width = 1 + 2 * (len(shape) - 2)
+    boxes = torch.full((len(rows), max(map(len, rows)), width), -1)
+    for sample, own in enumerate(rows):
+        boxes[sample, : len(own)] = torch.tensor(own)
+    loss(logits, boxes).backward()
+    gradient = torch.func.grad(lambda values: loss(values, boxes))(logits.detach())
+    torch.testing.assert_close(gradient, logits.grad)
 
 
 @table
