@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
-from timing import medians_ms, write
+from timing import medians_ms, steady_allocator, write
 
 from medconstraints.data import make_cohort
 
@@ -43,6 +43,7 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=9)
     arguments.add_argument("--volumes", type=int, default=16)
     args = arguments.parse_args()
+    steady_allocator()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         datalist = make_cohort(

@@ -7,7 +7,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from timing import medians_ms, peak_bytes, write
+from timing import medians_ms, peak_bytes, steady_allocator, write
 
 from medconstraints.formulations import LogBarrierExtension
 from medconstraints.losses import BoxPriorLoss
@@ -40,8 +40,11 @@ def main() -> None:
     parser.add_argument("--output", default="docs/results/benchmark_box_prior_loss.json")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1, help="more threads on a shared machine make the ratios drift")
     args = parser.parse_args()
+    steady_allocator()
     torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
     rows = []
     for name, shape, extent, count, width, slice_axis in CASES:
         boxes = random_boxes(shape, extent, count, slice_axis)

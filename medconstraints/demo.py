@@ -51,12 +51,15 @@ def run_demo(
     Raises:
         FileExistsError: `output` holds something already.
         FileNotFoundError: there is no such bundle.
+        PermissionError: `output` cannot be written to.
         subprocess.CalledProcessError: training or inference failed; what it printed says why.
     """
     if not (bundle / "configs" / "train.json").is_file():
         raise FileNotFoundError(f"bundle: no configs/train.json in {bundle}; give the folder bundles/box_prior.")
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"output: {output} holds files already; remove it or choose another folder.")
+        raise FileExistsError(
+            f"output: {output} holds files already; remove the folder {output} or choose another one."
+        )
     started = time.perf_counter()
     say = sys.stdout.write
     datalist = make_cohort(output / "cohort", num_training=num_training, num_test=num_test, seed=seed)
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             epochs=args.epochs,
             seed=args.seed,
         )
-    except (FileExistsError, FileNotFoundError) as error:
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except subprocess.CalledProcessError as error:

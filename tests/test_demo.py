@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_refuses_a_folder_with_files(tmp_path, capsys):
     (tmp_path / "work").write_bytes(b"of a week")
     assert main(["--output", str(tmp_path), "--bundle", str(ROOT / "bundles" / "box_prior")]) == 2
-    assert "holds files already; remove it or choose another folder" in capsys.readouterr().err
+    assert f"holds files already; remove the folder {tmp_path} or choose another" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
@@ -25,6 +25,21 @@ def test_refuses_a_missing_bundle(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "out"), "--bundle", str(tmp_path / "nowhere")]) == 2
     assert "no configs/train.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_place_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_bytes(b"work")
+    bundle = str(ROOT / "bundles" / "box_prior")
+    for place in ("file", "file/below"):
+        assert main(["--output", str(tmp_path / place), "--bundle", bundle]) == 2
+        assert "file" in capsys.readouterr().err
+
+    def locked(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr("medconstraints.demo.make_cohort", locked)
+    assert main(["--output", str(tmp_path / "out"), "--bundle", bundle]) == 2
+    assert "Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.slow

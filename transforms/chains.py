@@ -14,13 +14,13 @@ from monai.transforms import (
     Invertd,
     NormalizeIntensityd,
     Orientationd,
-    SaveImaged,
     Spacingd,
 )
 
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.save_mask import SaveMaskd
 
 __all__ = ["boxes_from", "inference_postprocessing", "read_volumes"]
 
@@ -59,10 +59,11 @@ def boxes_from(
     source: str,
     *,
     slice_axis: int | None = None,
-    mode: str = "component",
+    mode: str = "class",
     margin_voxels: int = 0,
     jitter_voxels: int = 0,
     classes: dict[str, int] | None = None,
+    num_classes: int | None = None,
 ) -> list[Callable[..., Any]]:
     """Where boxes come from: drawn around a label ("label"), or read from the item's box file ("files").
 
@@ -73,6 +74,8 @@ def boxes_from(
         margin_voxels: see `LabelToBoxesd`.
         jitter_voxels: see `LabelToBoxesd`.
         classes: class names in box files, see `LoadBoxesd`.
+        num_classes: classes of the network with the background: box files with others are refused. Labels are not
+            checked here, `read_volumes` does it.
 
     Raises:
         ValueError: an unknown source.
@@ -84,14 +87,14 @@ def boxes_from(
             )
         ]
     if source == "files":
-        return [LoadBoxesd("boxes", classes=classes)]
+        return [LoadBoxesd("boxes", classes=classes, num_classes=num_classes)]
     raise ValueError(f'source: expected "label" (boxes drawn around labels) or "files" (box files), got {source!r}.')
 
 
 def inference_postprocessing(
     preprocessing: Compose, *, output_dir: str, postfix: str = "seg"
 ) -> list[Callable[..., Any]]:
-    """From logits to a mask in the geometry of the input file: shape, affine and orientation are the input's.
+    """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
 
     Args:
         preprocessing: the chain that made the network's input; it is inverted.
@@ -103,13 +106,5 @@ def inference_postprocessing(
         # Probabilities, not classes, go through the inverse resampling: linear interpolation of a mask is ragged.
         Invertd("pred", transform=preprocessing, orig_keys="image", nearest_interp=False, to_tensor=True),
         AsDiscreted("pred", argmax=True),
-        SaveImaged(
-            "pred",
-            output_dir=output_dir,
-            output_postfix=postfix,
-            output_dtype=np.uint8,
-            separate_folder=False,
-            resample=False,
-            print_log=False,
-        ),
+        SaveMaskd("pred", output_dir=output_dir, postfix=postfix),
     ]

@@ -130,8 +130,8 @@ class CheckVolumesd(MapTransform):
         spatial_dims: number of spatial axes, 2 or 3.
         min_shape: smallest spatial shape that is accepted, for instance the network's.
         allow_empty_label: accept a label without foreground.
-        affine_tolerance: largest difference between an element of the label's and the image's affine, mm. Plain tensors
-            have no affine and are not compared.
+        affine_tolerance: largest difference between an element of the label's and the image's affine, as a share of the
+            image's smallest voxel spacing. Plain tensors have no affine and are not compared.
         ignore_index: label value of voxels without annotation, which is no class; such voxels are neither foreground
             nor background.
 
@@ -153,7 +153,7 @@ class CheckVolumesd(MapTransform):
         spatial_dims: int = 3,
         min_shape: Sequence[int] | None = None,
         allow_empty_label: bool = True,
-        affine_tolerance: float = 1e-3,
+        affine_tolerance: float = 1e-2,
         ignore_index: int | None = None,
     ) -> None:
         super().__init__([image_key] if label_key is None else [image_key, label_key])
@@ -165,7 +165,7 @@ class CheckVolumesd(MapTransform):
         if min_shape is not None and len(min_shape) != spatial_dims:
             raise ValueError(f"min_shape: expected {spatial_dims} sizes, got {tuple(min_shape)}.")
         if not affine_tolerance >= 0:
-            raise ValueError(f"affine_tolerance: expected a number >= 0, in mm, got {affine_tolerance}.")
+            raise ValueError(f"affine_tolerance: expected a share >= 0 of the voxel spacing, got {affine_tolerance}.")
         self.num_classes = num_classes
         self.min_shape = None if min_shape is None else tuple(min_shape)
         self.allow_empty_label = allow_empty_label
@@ -266,12 +266,12 @@ class CheckVolumesd(MapTransform):
             ]
         if not isinstance(image, MetaTensor) or not isinstance(label, MetaTensor):
             return []
-        difference = (torch.as_tensor(label.affine).cpu() - torch.as_tensor(image.affine).cpu()).abs()
+        affine = torch.as_tensor(image.affine, dtype=torch.float64).cpu()
+        difference = (torch.as_tensor(label.affine, dtype=torch.float64).cpu() - affine).abs()
+        tolerance_mm = self.affine_tolerance * affine[:-1, : self.spatial_dims].norm(dim=0).min()
         # A NaN difference is larger than any tolerance: hence the negation.
-        if not bool((difference <= self.affine_tolerance).all()):
-            what = (
-                "origin" if bool((difference[:-1, :-1] <= self.affine_tolerance).all()) else "voxel size or direction"
-            )
+        if not bool((difference <= tolerance_mm).all()):
+            what = "origin" if bool((difference[:-1, :-1] <= tolerance_mm).all()) else "voxel size or direction"
             return [
                 f"has another affine than its image {_name(image, self.image_key)}: the {what} differs by up to "
                 f"{float(difference.max()):.4g} mm; use ResampleToMatchd, or copy the header if the voxels agree."

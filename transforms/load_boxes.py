@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping
 from os import PathLike
 from typing import Any
@@ -29,12 +30,13 @@ class LoadBoxesd(MapTransform):
 
     Millimetre boxes go straight into the image's present grid. "voxel" boxes refer to the image as it is stored; they
     follow it into its present orientation exactly, and after a resampling to the nearest voxel edge. A CSV file with a
-    column `image` is searched for the image's file name.
+    column `image` is searched for the image's file name, and for as many of its folders as the rows give.
 
     Args:
         keys: keys of the box files.
         image_key: key of the image.
         classes: class name -> number, see `read_boxes`.
+        num_classes: classes of the network with the background; files with boxes of other classes are refused.
         allow_missing_keys: leave items without a box file as they are.
 
     Raises:
@@ -58,11 +60,13 @@ class LoadBoxesd(MapTransform):
         image_key: str = "image",
         *,
         classes: Mapping[str, int] | None = None,
+        num_classes: int | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.image_key = image_key
         self.classes = dict(classes) if classes else None
+        self.num_classes = num_classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Read the boxes into a copy of `data`."""
@@ -79,12 +83,14 @@ class LoadBoxesd(MapTransform):
                     "LoadBoxesd after LoadImaged or LoadVolumed."
                 )
             stored_affine, stored_shape = _stored_grid(image, self.image_key)
+            name = image.meta.get("filename_or_obj")
             item[key] = read_boxes(
                 path,
                 affine=image.affine,
                 shape=image.shape[1:],
                 classes=self.classes,
-                image=image.meta.get("filename_or_obj"),
+                num_classes=self.num_classes,
+                image=os.path.abspath(name) if name else None,  # rows may name folders above the current one
                 stored_affine=stored_affine,
                 stored_shape=stored_shape,
             )

@@ -24,7 +24,7 @@ def fit_size_bounds(
     labels: Sequence[Any],
     *,
     num_classes: int,
-    mode: str = "component",
+    mode: str = "class",
     slice_axis: int | None = None,
     quantiles: tuple[float, float] = (0.05, 0.95),
     slack: float = 0.0,
@@ -34,7 +34,7 @@ def fit_size_bounds(
     Args:
         labels: label maps (*S) or (1, *S), values 0..num_classes - 1.
         num_classes: number of classes with the background.
-        mode: as for `label_to_boxes`.
+        mode: as for `label_to_boxes`; give what the training gets (`box_mode` of the bundle, "class" there too).
         slice_axis: as for `label_to_boxes`; give what the loss gets.
         quantiles: lower and upper quantile over the boxes, each box counting with its volume.
         slack: widens both bounds by this share of them.
@@ -74,16 +74,25 @@ def main(argv: list[str] | None = None) -> int:
     from medconstraints.transforms.chains import read_volumes
 
     parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.size_bounds", description=__doc__)
-    parser.add_argument("--datalist", required=True, help="list whose entries have labels")
+    parser.add_argument(
+        "--datalist", required=True, help="list with segmented cases; entries without label are passed over"
+    )
     parser.add_argument("--section", default="training")
     parser.add_argument("--cases", type=int, default=10, help="labels to use, evenly spread over the section")
     parser.add_argument("--num-classes", type=int, required=True, help="with the background")
     parser.add_argument("--slice-axis", type=int, help="flat boxes across this axis (after orientation to RAS)")
-    parser.add_argument("--mode", default="class", choices=["class", "component"])
+    parser.add_argument("--mode", default="class", choices=["class", "component"], help="box_mode of the training")
     parser.add_argument("--quantiles", type=float, nargs=2, default=[0.05, 0.95])
     args = parser.parse_args(argv)
     try:
-        items = read_datalist(args.datalist, args.section)
+        items = [item for item in read_datalist(args.datalist, args.section) if "label" in item]
+        if not items:
+            raise ValueError(
+                f"datalist: no entry of section {args.section!r} in {args.datalist} has a label; give a section "
+                "(--section) or a list (--datalist) with a few segmented cases."
+            )
+        if args.cases < 1:
+            raise ValueError(f"--cases: expected at least 1, got {args.cases}.")
         chosen = items[:: max(1, len(items) // args.cases)][: args.cases]
         read = Compose(read_volumes(num_classes=args.num_classes))
         bounds = fit_size_bounds(
@@ -93,8 +102,9 @@ def main(argv: list[str] | None = None) -> int:
             slice_axis=args.slice_axis,
             quantiles=tuple(args.quantiles),
         )
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        sys.stderr.write(f"{error}\n")
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        # Compose raises a RuntimeError that names the transform; its cause names the file.
+        sys.stderr.write(f"{error.__cause__ or error}\n")
         return 2
     sys.stdout.write(json.dumps(bounds) + "\n")
     return 0

@@ -6,34 +6,41 @@ from typing import TYPE_CHECKING, Any
 from medconstraints.data.box_files import BoxFileError, read_boxes, write_boxes
 
 if TYPE_CHECKING:
-    from medconstraints.data.datalist_sections import read_datalist
+    from medconstraints.data.datalist_sections import read_datalist, read_labelled
     from medconstraints.data.datalists import make_datalist
-    from medconstraints.data.inference_files import check_output_dir, volumes_for_inference
+    from medconstraints.data.inference_files import volumes_for_inference
     from medconstraints.data.manifests import check_dataset, load_manifest
+    from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
     from medconstraints.data.phantoms import make_cohort, make_phantom
 
 __all__ = [
     "BoxFileError",
     "check_dataset",
     "check_output_dir",
+    "check_run_dir",
     "load_manifest",
     "make_cohort",
     "make_datalist",
     "make_phantom",
+    "mask_path",
     "read_boxes",
     "read_datalist",
+    "read_labelled",
     "volumes_for_inference",
     "write_boxes",
 ]
 
 _MODULES = {
     "check_dataset": "manifests",
-    "check_output_dir": "inference_files",
+    "check_output_dir": "output_folders",
+    "check_run_dir": "output_folders",
     "load_manifest": "manifests",
     "make_cohort": "phantoms",
     "make_datalist": "datalists",
     "make_phantom": "phantoms",
+    "mask_path": "output_folders",
     "read_datalist": "datalist_sections",
+    "read_labelled": "datalist_sections",
     "volumes_for_inference": "inference_files",
 }
 

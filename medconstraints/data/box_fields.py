@@ -36,16 +36,24 @@ def class_number(value: Any, names: Mapping[str, int]) -> int:
         if value in names:
             return names[value]
         if not re.fullmatch(r"[+-]?\d{1,9}", value):
-            shown = f"unknown class {value!r}" if value else "has no class"
-            raise Refusal(f"{shown} ({known}); use one of these or add it to classes=")
+            if not value:
+                raise Refusal(f"has no class ({known}); give it one of these, or a class number")
+            raise Refusal(f"unknown class {value!r} ({known}); {_how_to_add(value, None, names)}")
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value >= 10**9:
         raise Refusal(f"class must be a name or a whole number, got {value!r}")
     if value < 1:
         raise Refusal(f"class {int(value)} is no class to box: numbers start at 1, 0 is the background")
     if names and value not in names.values():
-        raise Refusal(f"unknown class {int(value)} ({known}); use one of these or add it to classes=")
+        raise Refusal(f"unknown class {int(value)} ({known}); {_how_to_add('name', int(value), names)}")
     return int(value)
+
+
+def _how_to_add(name: str, number: int | None, names: Mapping[str, int]) -> str:
+    """What to do about an unknown class, in Python and on the command line of a bundle."""
+    number = max(names.values(), default=0) + 1 if number is None else number
+    option = f'--classes "{{{"..., " if names else ""}{name!r}: {number}}}"'
+    return f"use {'one of these' if names else 'a class number'} or add it to classes= (bundle: {option})"
 
 
 def coordinate_system(value: Any) -> str:

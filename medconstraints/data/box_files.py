@@ -11,17 +11,21 @@ Axis numbers in this module, its files and its messages count from 1, in the ord
 **CSV**, columns ``class,start_1,start_2,start_3,stop_1,stop_2,stop_3`` or ``class,x_min,y_min,z_min,x_max,y_max,z_max``
 (the same numbers under other names: ``x_max`` is ``stop_1``, so in voxels it is the first index *after* the box); two
 coordinates each for a 2D image. The coordinate system stands in a column ``coordinate_system`` or in a leading line
-``# coordinate_system: RAS``; without either it is ``voxel``. A column ``image`` lets one file hold many volumes; a row
-that has nothing but its image name says that this volume was looked at and has no box.
+``# coordinate_system: RAS``; without either it is ``voxel``. A column ``image`` lets one file hold many volumes: it has
+the file name, extension or not, behind as many folders as tell the volumes apart (``p1/image.nii.gz``); all folders
+that a row gives must be those of the volume. A row that has nothing but its image name says that this volume was looked
+at and has no box.
 
 **3D Slicer** markups ROI (``.mrk.json``, schema 1.0.x): type ``ROI``, roiType ``Box``, LPS unless the file says RAS.
 Apply ("harden") a transform above the ROI before saving, Slicer does not write it into this file.
 
 Coordinate systems: ``voxel`` are half-open integer indices. ``RAS`` and ``LPS`` are millimetres; ``start`` and ``stop``
 are two opposite corners, in any order, and lie on edges: voxel i covers [i - 0.5, i + 0.5]. Each side goes to the
-nearest voxel edge, and a box thinner than a voxel keeps the voxel at its centre. A box flat in one direction is one
-voxel thick there. A millimetre box, or a rotated ROI, whose sides do not run along the voxel axes becomes the bounding
-box of its corners in the voxel grid: it still holds the whole object but is looser than the one that was drawn.
+nearest voxel edge, and a box thinner than a voxel keeps the voxel at its centre. So a millimetre box or ROI with no
+thickness in a direction, drawn flat on a slice, is one voxel thick there (one that is a single point is refused); in
+voxels, equal ``start`` and ``stop`` hold no voxel and are refused. A millimetre box, or a rotated ROI, whose sides do
+not run along the voxel axes becomes the bounding box of its corners in the voxel grid: it still holds the whole object
+but is looser than the one that was drawn.
 """
 
 from __future__ import annotations
@@ -88,6 +92,7 @@ def read_boxes(
     affine: AffineLike,
     shape: Sequence[int],
     classes: Mapping[str, int] | None = None,
+    num_classes: int | None = None,
     format: str | None = None,
     image: str | None = None,
     stored_affine: AffineLike | None = None,
@@ -104,9 +109,12 @@ def read_boxes(
         shape: spatial shape of that grid, two or three sizes.
         classes: class name -> number; adds to the names that the file defines. Where any names are known, numbers other
             than theirs are refused.
+        num_classes: classes of the network with the background; rows of a class that is not in 1..num_classes - 1 are
+            refused. None allows every number.
         format: "json", "csv" or "slicer"; None chooses by extension and, for JSON, by content.
-        image: file name of the volume, with or without folder and extension: selects the rows of a CSV file that has a
-            column ``image``. Files without that column belong to one volume and ignore it.
+        image: path of the volume, with or without extension: selects the rows of a CSV file that has a column
+            ``image``, which gives as many of the last folders as it likes. Files without that column belong to one
+            volume and ignore it.
         stored_affine: affine of the grid to which ``voxel`` coordinates refer, when the image was re-oriented or
             resampled after loading; default: ``affine``.
         stored_shape: spatial shape of that grid; default: ``shape``.
@@ -136,6 +144,8 @@ def read_boxes(
         stored = checked_grid(stored_affine, stored_shape, "stored_affine", "stored_shape")
         if stored.ndim != target.ndim:
             raise ValueError(f"stored_shape has {stored.ndim} sizes and shape {target.ndim}: they must agree.")
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, with the background, got {num_classes}.")
     names = checked_classes(classes or {}, "classes")
     if not path.is_file():
         raise FileNotFoundError(f"no box file at {path}")
@@ -151,7 +161,7 @@ def read_boxes(
     rows, faults = [], []
     for record in records:
         try:
-            rows.append(box_row(record, names, target, stored, path.name))
+            rows.append(box_row(record, names, target, stored, path.name, num_classes))
         except Refusal as fault:
             faults.append(BoxFault(record.row, record.where, str(fault)))
     if faults:

@@ -26,9 +26,11 @@ __all__ = [
     "overhang",
     "overhang_of",
     "voxel_solid",
+    "with_thickness",
 ]
 
 SLACK_VOXELS = 0.5  # a hand-drawn millimetre box may reach this far beyond the volume
+FLAT_MM = 1e-6  # stands for no thickness, far below any voxel: keeps the edges of a solid invertible
 ALIGNED = 1e-4  # share of a box side that may run along a second voxel axis: float32 affines are not exact
 
 Array = npt.NDArray[np.float64]
@@ -90,6 +92,11 @@ def voxel_solid(start: Array, stop: Array, affine: Array) -> Solid:
     """Solid of the voxels from ``start`` up to, without, ``stop``."""
     linear, origin = affine[:-1, :-1], affine[:-1, -1]
     return Solid(linear @ ((start + stop - 1) / 2) + origin, linear * (stop - start))
+
+
+def with_thickness(sides: Array) -> Array:
+    """Sides of a solid, mm, that a file gives as 0 replaced by next to nothing: `fit_to_grid` makes them one voxel."""
+    return np.where(sides == 0, FLAT_MM, sides)
 
 
 def fit_to_grid(solid: Solid, grid: Grid) -> list[int]:

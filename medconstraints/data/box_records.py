@@ -17,6 +17,7 @@ __all__ = ["FORMATS", "Record", "read_records"]
 
 FORMATS = ("json", "csv", "slicer")
 EXTENSIONS = {".csv": "csv", ".mrk.json": "slicer", ".json": "json"}  # the first that fits
+SHOWN_PARTS = 3  # of an image's path in a message
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def _csv_records(text: str, ndim: int, image: str | None) -> list[Record]:
 
     start, stop = _csv_columns(header, ndim)
     records, images = [], set()
+    wanted = None if image is None else _path_parts(image)
     for number, (line, cells) in enumerate(table, start=1):
         row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
         if "image" in header:
             name = row.pop("image", "")
             images.add(name)
-            if image is not None and _stem(name) != _stem(image):
+            if wanted is not None and not _same_image(_path_parts(name), wanted):
                 continue
             if name and not any(row.values()):
                 continue
@@ -143,14 +145,36 @@ def _check_images(images: set[str], image: str | None) -> None:
     if image is None:
         if len(images) > 1:
             raise Refusal(f"holds boxes of {len(images)} images ({listed}); say which with image=")
-    elif _stem(image) not in {_stem(name) for name in images}:
+        return
+    wanted, shown = _path_parts(image), "/".join(_split(image)[-SHOWN_PARTS:])
+    # One volume may be written in several ways (with extension or without), but not with more folders and with fewer.
+    matching = {parts: name for name in sorted(images) if _same_image(parts := _path_parts(name), wanted)}
+    if not matching:
         raise Refusal(
-            f"has no row for the image {Path(image).name!r} (it has: {listed}); "
-            "a volume without boxes needs a row with its name alone"
+            f"has no row for the image {shown!r} (it has: {listed}); a volume without boxes needs a row with its name "
+            "alone, and folders in a row must be those of the volume"
         )
+    if len(matching) > 1:
+        short = min(matching, key=len)
+        others = ", ".join(repr(name) for parts, name in matching.items() if parts != short)
+        todo = f"write {matching[short]!r} with as many folders as tell the volumes apart"
+        todo = "give image= its folders too" if len(wanted) < len(short) else todo
+        raise Refusal(f"is ambiguous: {matching[short]!r} and {others} both fit the image {shown!r}; {todo}")
 
 
-def _stem(name: str) -> str:
-    """File name without folder and without extension (two-part ones too)."""
-    name = re.split(r"[\\/]", name.strip())[-1]
-    return re.sub(r"(\.nii)?\.(gz|nii|mha|mhd|nrrd|nhdr|png|jpe?g|bmp|tiff?|npy|npz|dcm)$", "", name, flags=re.I)
+def _same_image(row: tuple[str, ...], image: tuple[str, ...]) -> bool:
+    """Do two paths end in the same file name and folders, as far as the shorter one goes?"""
+    shared = min(len(row), len(image))
+    return shared > 0 and row[-shared:] == image[-shared:]
+
+
+def _path_parts(name: str) -> tuple[str, ...]:
+    """Folders and file name of a path, the name without extension (two-part ones too); nothing for an empty text."""
+    *folders, last = _split(name) or [""]
+    stem = re.sub(r"(\.nii)?\.(gz|nii|mha|mhd|nrrd|nhdr|png|jpe?g|bmp|tiff?|npy|npz|dcm)$", "", last, flags=re.I)
+    return (*folders, stem) if stem else ()
+
+
+def _split(name: str) -> list[str]:
+    """Parts of a path with either kind of separator."""
+    return [part for part in re.split(r"[\\/]", name.strip()) if part not in ("", ".")]

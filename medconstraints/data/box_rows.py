@@ -17,6 +17,7 @@ from medconstraints.data.box_geometry import (
     overhang,
     overhang_of,
     voxel_solid,
+    with_thickness,
 )
 from medconstraints.data.box_records import Record
 from medconstraints.data.box_slicer import roi_class, roi_solid
@@ -24,7 +25,14 @@ from medconstraints.data.box_slicer import roi_class, roi_solid
 __all__ = ["box_row"]
 
 
-def box_row(record: Record, names: Mapping[str, int], target: Grid, stored: Grid, file_name: str) -> list[int]:
+def box_row(
+    record: Record,
+    names: Mapping[str, int],
+    target: Grid,
+    stored: Grid,
+    file_name: str,
+    num_classes: int | None = None,
+) -> list[int]:
     """Row of ``target`` for a record whose voxel coordinates refer to ``stored``; Refusal says why there is none."""
     if record.fault:
         raise Refusal(record.fault)
@@ -32,11 +40,13 @@ def box_row(record: Record, names: Mapping[str, int], target: Grid, stored: Grid
     if record.slicer:
         system, solid = roi_solid(fields, ndim)
         label = roi_class(fields, names, file_name)
+        _check_class(label, num_classes)
     else:
         for key in ("class", "start", "stop"):
             if key not in fields:
                 raise Refusal(f"has no {key!r}; add it")
         label = class_number(fields["class"], names)
+        _check_class(label, num_classes)
         system = coordinate_system(fields["coordinate_system"])
         start, stop = vector(fields["start"], "start", ndim), vector(fields["stop"], "stop", ndim)
         if system == "voxel":
@@ -57,6 +67,15 @@ def box_row(record: Record, names: Mapping[str, int], target: Grid, stored: Grid
         if problem:
             raise Refusal(f"{problem}, as the image is now: read boxes before any crop")
     return [label, *fit_to_grid(solid, target)]
+
+
+def _check_class(label: int, num_classes: int | None) -> None:
+    """Refuse a class that the network does not have."""
+    if num_classes is not None and label >= num_classes:
+        raise Refusal(
+            f"class {label} is none of the {num_classes - 1} classes to box (1 to {num_classes - 1}, as num_classes is "
+            f"{num_classes} with the background); correct the class or num_classes"
+        )
 
 
 def _check_voxels(start: Array, stop: Array, grid: Grid) -> None:
@@ -81,8 +100,8 @@ def _check_voxels(start: Array, stop: Array, grid: Grid) -> None:
 
 def _millimetre_solid(start: Array, stop: Array, system: str) -> Solid:
     """Box between two opposite corners, in any order."""
-    if (start == stop).any():
-        axis = int(np.flatnonzero(start == stop)[0]) + 1
-        raise Refusal(f"is empty: start and stop are equal along axis {axis}; give it at least one voxel")
-    solid = Solid((start + stop) / 2, np.diag(np.abs(stop - start)))
+    sides = np.abs(stop - start)
+    if not sides.any():
+        raise Refusal("is empty: start and stop are the same point; a box may be flat, but not in every direction")
+    solid = Solid((start + stop) / 2, np.diag(with_thickness(sides)))
     return solid.mirrored() if system == "LPS" else solid

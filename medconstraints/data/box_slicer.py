@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medconstraints.data.box_fields import Refusal, class_number, coordinate_system, vector
-from medconstraints.data.box_geometry import AffineLike, Solid, affine_matrix, voxel_solid
+from medconstraints.data.box_geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
 
 __all__ = ["check_schema", "roi_class", "roi_solid", "slicer_document"]
 
@@ -57,10 +57,12 @@ def roi_solid(fields: Mapping[str, Any], ndim: int) -> tuple[str, Solid]:
         axes = vector(fields["orientation"], "orientation", 9).reshape(3, 3)
     if not np.allclose(axes.T @ axes, np.eye(3), rtol=0, atol=1e-3):
         raise Refusal("'orientation' is not a rotation: its columns must be orthogonal unit vectors")
-    if (size <= 0).any():
-        axis = int(np.flatnonzero(size <= 0)[0]) + 1
-        raise Refusal(f"is empty: its size along ROI axis {axis} is {size[axis - 1]:g} mm; give it some thickness")
-    solid = Solid(centre, axes * size)
+    if (size < 0).any():
+        axis = int(np.flatnonzero(size < 0)[0]) + 1
+        raise Refusal(f"has the size {size[axis - 1]:g} mm along ROI axis {axis}; it must not be negative")
+    if not size.any():
+        raise Refusal("is empty: its size is 0 mm in every direction; draw it again in Slicer, it may be flat in one")
+    solid = Solid(centre, axes * with_thickness(size))
     return system, solid.mirrored() if system == "LPS" else solid
 
 

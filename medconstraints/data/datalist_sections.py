@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH_KEYS", "read_datalist"]
+__all__ = ["PATH_KEYS", "read_datalist", "read_labelled"]
+
+logger = logging.getLogger(__name__)
 
 # MONAI's load_decathlon_datalist completes "image" and "label" only.
 PATH_KEYS = ("image", "label", "boxes", "scribble")
 
 
-def read_datalist(path: str | Path, section: str) -> list[dict[str, Any]]:
+def read_datalist(path: str | Path, section: str, *, required: bool = True) -> list[dict[str, Any]]:
     """One section of a datalist in the style of the Medical Segmentation Decathlon.
 
     Args:
         path: JSON file whose sections are lists of entries, dictionaries with an "image" or plain image paths.
         section: such as "training", "validation" or "test".
+        required: False to get an empty list where the section is missing or empty.
 
     Returns:
         The entries; paths under `PATH_KEYS`, or lists of them, now start at the datalist's folder. Other values stay.
@@ -38,6 +42,8 @@ def read_datalist(path: str | Path, section: str) -> list[dict[str, Any]]:
     sections = (
         sorted(key for key, value in content.items() if isinstance(value, list)) if isinstance(content, dict) else []
     )
+    if section not in sections and not required:
+        return []
     if section not in sections:
         raise ValueError(f"datalist: {file.name} has no section {section!r}, it has {sections}.")
     entries = []
@@ -59,6 +65,26 @@ def read_datalist(path: str | Path, section: str) -> list[dict[str, Any]]:
                 paths = [str(file.parent / part) for part in parts]
                 entry[key] = paths if isinstance(value, list) else paths[0]
         entries.append(entry)
-    if not entries:
+    if not entries and required:
         raise ValueError(f"datalist: section {section!r} of {file.name} is empty.")
     return entries
+
+
+def read_labelled(path: str | Path, section: str) -> list[dict[str, Any]]:
+    """The entries of a section that have a label, which may be none: then nothing can be validated, only trained.
+
+    Args:
+        path: see `read_datalist`.
+        section: may be missing or empty.
+
+    Raises:
+        FileNotFoundError: no such datalist.
+        ValueError: it is not JSON, or the section has an entry without image.
+    """
+    entries = read_datalist(path, section, required=False)
+    labelled = [entry for entry in entries if "label" in entry]
+    if len(labelled) < len(entries):
+        logger.warning(
+            "%d of %d entries of %r have no label and are left out", len(entries) - len(labelled), len(entries), section
+        )
+    return labelled

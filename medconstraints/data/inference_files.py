@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from medconstraints.data.datalist_sections import read_datalist
+from medconstraints.data.output_folders import NIFTI_ENDINGS, check_output_dir, mask_path
 
-__all__ = ["check_output_dir", "volumes_for_inference"]
-
-_ENDINGS = (".nii.gz", ".nii")
+__all__ = ["volumes_for_inference"]
 
 
 def volumes_for_inference(
@@ -29,21 +27,21 @@ def volumes_for_inference(
         section: section of the datalist.
         output_dir: where the masks will be written; it is checked as `check_output_dir` does. None skips the check.
         postfix: the masks are called `<name>_<postfix>.nii.gz`.
-        overwrite: remove masks that exist already.
+        overwrite: accept masks that exist already. They stay until the new ones are written.
 
     Raises:
         FileNotFoundError: the source does not exist or holds no volume.
-        ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, or two volumes have
-            one name.
+        ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, two volumes have
+            one name, or masks would be written among the volumes of a folder or over one of the volumes.
         FileExistsError: a mask, or the report `inference.json`, exists already and `overwrite` is False.
         PermissionError: the output folder cannot be written to.
     """
     source = Path(source)
     if source.is_dir():
-        images = sorted(p for p in source.iterdir() if p.name.endswith(_ENDINGS) and not p.name.startswith("."))
+        images = sorted(p for p in source.iterdir() if p.name.endswith(NIFTI_ENDINGS) and not p.name.startswith("."))
     elif source.suffix == ".json" and source.is_file():
         images = [_nifti(entry["image"], number, source) for number, entry in enumerate(read_datalist(source, section))]
-    elif source.name.endswith(_ENDINGS) and source.is_file():
+    elif source.name.endswith(NIFTI_ENDINGS) and source.is_file():
         images = [source]
     else:
         raise FileNotFoundError(
@@ -52,52 +50,18 @@ def volumes_for_inference(
         )
     if not images:
         raise FileNotFoundError(f"source: no .nii or .nii.gz file in {source}; convert DICOM series to NIfTI first.")
-    stems = [_stem(path) for path in images]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    masks = [mask_path("", path, postfix=postfix).name for path in images]
+    twice = sorted({mask.removesuffix(f"_{postfix}.nii.gz") for mask in masks if masks.count(mask) > 1})
     if twice:
         raise ValueError(f"source: several volumes are called {twice[:5]}, their masks would overwrite each other.")
     if output_dir is not None:
-        check_output_dir(
-            output_dir, [*(f"{stem}_{postfix}.nii.gz" for stem in stems), "inference.json"], overwrite=overwrite
-        )
+        _check_apart(source, images, masks, Path(output_dir))
+        check_output_dir(output_dir, [*masks, "inference.json"], overwrite=overwrite)
     return [{"image": str(path)} for path in images]
 
 
-def check_output_dir(output_dir: str | Path, names: list[str], *, overwrite: bool = False) -> Path:
-    """Make the output folder, before any work, and refuse what could not be written or would be lost.
-
-    Args:
-        output_dir: the folder; it is made when missing.
-        names: files that will be written there.
-        overwrite: remove those of the files that exist already: a volume that fails now must not seem to be done
-            because of its old mask.
-
-    Raises:
-        FileExistsError: one of the files exists already; the message names the first.
-        PermissionError: the folder cannot be made or written to.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"output_dir: cannot write to {folder} ({error.strerror or error}); choose another folder."
-        ) from error
-    present = [name for name in names if (folder / name).exists()]
-    if present and not overwrite:
-        raise FileExistsError(
-            f"output_dir: {len(present)} of {len(names)} outputs exist already in {folder}, such as {present[0]}; "
-            "choose another folder, move them away, or set overwrite to true."
-        )
-    for name in present:
-        (folder / name).unlink()
-    return folder
-
-
 def _nifti(image: Any, number: int, source: Path) -> Path:
-    if isinstance(image, str) and image.endswith(_ENDINGS):
+    if isinstance(image, str) and image.endswith(NIFTI_ENDINGS):
         return Path(image)
     raise ValueError(
         f"source: entry {number} of {source.name}: expected one .nii or .nii.gz file per volume, got {image!r}; "
@@ -105,5 +69,18 @@ def _nifti(image: Any, number: int, source: Path) -> Path:
     )
 
 
-def _stem(path: Path) -> str:
-    return next(path.name[: -len(ending)] for ending in _ENDINGS if path.name.endswith(ending))
+def _check_apart(source: Path, images: list[Path], masks: list[str], output_dir: Path) -> None:
+    """Masks must not land among the inputs: the next run would take them for volumes, or replace a volume."""
+    folder = output_dir.resolve()
+    if source.is_dir() and folder == source.resolve():
+        raise ValueError(
+            f"output_dir: {output_dir} is the folder of the volumes, the masks would be taken for volumes; choose "
+            "another folder."
+        )
+    inputs = {path.resolve() for path in images}
+    lost = [mask for mask in masks if (folder / mask).resolve() in inputs]
+    if lost:
+        raise ValueError(
+            f"output_dir: the mask {lost[0]} would replace a volume of that name in {output_dir}; choose another "
+            "folder."
+        )

@@ -167,13 +167,14 @@ def _voxels(path: Path) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all is well, 1 if problems were found."""
+    """Run one command; 0 if all is well, 1 if problems were found, 2 if it could not be run."""
     parser = argparse.ArgumentParser(prog="python -m medconstraints.data.manifests", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="compare a local copy with a manifest")
     check.add_argument("--headers-only", action="store_true", help="do not read the voxels of the labels")
     datalist = commands.add_parser("datalist", help="write a datalist, divided by patient")
     datalist.add_argument("--output", type=Path, required=True)
+    datalist.add_argument("--overwrite", action="store_true", help="replace an existing output")
     datalist.add_argument("--seed", type=int, default=0)
     how = datalist.add_mutually_exclusive_group(required=True)
     how.add_argument("--fractions", type=float, nargs=3, metavar=("TRAINING", "VALIDATION", "TEST"))
@@ -184,6 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--root", type=Path, required=True, help="the folder that the layout's patterns start from"
         )
     options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "datalist" and options.output.exists() and not options.overwrite:
+        raise FileExistsError(f"--output: {options.output} exists; choose another name or add --overwrite.")
     manifest = load_manifest(options.manifest)
     if options.command == "datalist":
         lists = make_datalist(

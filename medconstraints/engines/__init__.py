@@ -1,9 +1,20 @@
 """Ignite engines, handlers and batch preparation."""
 
-from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SamplerEpochHandler, SaveBestHandler
+from medconstraints.engines.checkpoints import (
+    EpochSeedHandler,
+    ResumeHandler,
+    SamplerEpochHandler,
+    SaveBestHandler,
+    SaveLatestHandler,
+)
 from medconstraints.engines.handler_lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
-from medconstraints.engines.monitoring import LossTermsHandler, RequireBoxesHandler, StepFormulationHandler
+from medconstraints.engines.monitoring import (
+    LossTermsHandler,
+    RequireBoxesHandler,
+    RequireFiniteLossHandler,
+    StepFormulationHandler,
+)
 from medconstraints.engines.prepare_batch import PrepareBatchTargets, RestoreLabelHandler
 
 __all__ = [
@@ -12,10 +23,12 @@ __all__ = [
     "LossTermsHandler",
     "PrepareBatchTargets",
     "RequireBoxesHandler",
+    "RequireFiniteLossHandler",
     "RestoreLabelHandler",
     "ResumeHandler",
     "SamplerEpochHandler",
     "SaveBestHandler",
+    "SaveLatestHandler",
     "StepFormulationHandler",
     "TolerantDataset",
     "TolerantEvaluator",

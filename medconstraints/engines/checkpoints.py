@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from torch import nn
 
-__all__ = ["EpochSeedHandler", "ResumeHandler", "SamplerEpochHandler", "SaveBestHandler"]
+__all__ = ["EpochSeedHandler", "ResumeHandler", "SamplerEpochHandler", "SaveBestHandler", "SaveLatestHandler"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,43 @@ class SaveBestHandler:
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
 
+class SaveLatestHandler:
+    """Saves the network's weights after each epoch of a run without validation, which knows no best ones.
+
+    Args:
+        network: the network.
+        path: file to write, such as `output/model.pt`.
+    """
+
+    def __init__(self, network: nn.Module, path: str | Path) -> None:
+        self.network = network
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._tell)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _tell(self, engine: Engine) -> None:
+        logger.warning(
+            "no validation volume has a label: nothing is validated, %s gets the weights of the latest epoch",
+            self.path.name,
+        )
+
+    def __call__(self, engine: Engine) -> None:
+        """Save."""
+        _save(_unwrapped(self.network).state_dict(), self.path)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON makes of the settings: tuples become lists, as they are once they were saved."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"settings: expected numbers, strings, lists and dictionaries ({error}).") from error
+    return plain
+
+
 class ResumeHandler:
     """Saves everything a run needs after each epoch, and goes on from there when the file exists at the start.
 
@@ -120,15 +158,27 @@ class ResumeHandler:
         objects: name -> object with `state_dict` and `load_state_dict`: network, optimizer, scheduler, loss.
         evaluator: its best metric is kept too, or None.
         save: False for all but the first process of distributed training: they load but do not write.
+        settings: what must be the same when the run goes on, in types of JSON; kept in the file and compared with it.
+
+    Raises:
+        TypeError: the settings are not of JSON's types.
+        RuntimeError: at the start of a run, when the file cannot be read or belongs to another run.
     """
 
     def __init__(
-        self, path: str | Path, objects: Mapping[str, Any], *, evaluator: Engine | None = None, save: bool = True
+        self,
+        path: str | Path,
+        objects: Mapping[str, Any],
+        *,
+        evaluator: Engine | None = None,
+        save: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.objects = {name: _unwrapped(obj) for name, obj in objects.items()}
         self.evaluator = evaluator
         self.save = save
+        self.settings = None if settings is None else _as_json(settings)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -141,6 +191,8 @@ class ResumeHandler:
         state["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         if getattr(engine, "scaler", None) is not None:
             state["scaler"] = engine.scaler.state_dict()
+        if self.settings is not None:
+            state["settings"] = self.settings
         if self.evaluator is not None:
             best = self.evaluator.state
             state["evaluator"] = {"best_metric": float(best.best_metric), "best_metric_epoch": best.best_metric_epoch}
@@ -162,6 +214,7 @@ class ResumeHandler:
         missing = sorted({*self.objects, "trainer"} - known)
         if missing:
             raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
+        self._compare(state)
         for name, obj in self.objects.items():
             try:
                 obj.load_state_dict(state[name])
@@ -181,3 +234,22 @@ class ResumeHandler:
         if engine.state.max_epochs is not None and engine.state.epoch >= engine.state.max_epochs:
             logger.info("all %d epochs are done already; raise the number of epochs to go on", engine.state.max_epochs)
             engine.terminate()
+
+    def _compare(self, state: Mapping[str, Any]) -> None:
+        if self.settings is None:
+            return
+        if "settings" not in state:
+            logger.warning("%s does not tell the settings of its run: they are not compared", self.path.name)
+            return
+        saved = state["settings"]
+        nothing = object()
+        changed = [
+            f"{name} was {saved.get(name, 'not set')!r}, is {self.settings.get(name, 'not set')!r}"
+            for name in sorted({*saved, *self.settings})
+            if saved.get(name, nothing) != self.settings.get(name, nothing)
+        ]
+        if changed:
+            raise RuntimeError(
+                f"{self.path.name}: belongs to a run with other settings: {'; '.join(changed)}; choose another "
+                "output_dir, set them back, or move the file away to start again."
+            )

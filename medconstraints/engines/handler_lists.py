@@ -17,8 +17,13 @@ from monai.handlers import (
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler
-from medconstraints.engines.monitoring import LossTermsHandler, RequireBoxesHandler, StepFormulationHandler
+from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler
+from medconstraints.engines.monitoring import (
+    LossTermsHandler,
+    RequireBoxesHandler,
+    RequireFiniteLossHandler,
+    StepFormulationHandler,
+)
 from medconstraints.engines.prepare_batch import RestoreLabelHandler
 
 __all__ = ["HandlerList", "training_handlers", "validation_handlers"]
@@ -61,6 +66,8 @@ def training_handlers(
     formulation: Any = None,
     val_interval: int = 1,
     boxes_key: str | None = None,
+    validate: bool = True,
+    settings: Mapping[str, Any] | None = None,
     rank: int = 0,
 ) -> HandlerList:
     """Handlers of a trainer, in an order in which they work together.
@@ -76,23 +83,32 @@ def training_handlers(
         formulation: stepped after each epoch, when it has a `step`.
         val_interval: epochs between validations.
         boxes_key: key of the boxes, when training needs them, see `RequireBoxesHandler`.
+        validate: False when there is nothing to validate with: the evaluator is not run, and `output_dir/model.pt` gets
+            the weights of the latest epoch of `objects["network"]`.
+        settings: what must not change when the run is resumed, see `ResumeHandler`.
         rank: number of the process in distributed training; only process 0 logs and saves.
 
     Raises:
-        ValueError: `val_interval` is below 1.
+        ValueError: `val_interval` is below 1, or `objects` has no network to save without validation.
     """
     if val_interval < 1:
         raise ValueError(f"val_interval: expected an integer >= 1 (epochs), got {val_interval!r}.")
     handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
     if boxes_key is not None:
         handlers.append(RequireBoxesHandler(boxes_key))
+    handlers.append(RequireFiniteLossHandler(loss))
     if lr_scheduler is not None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
     if hasattr(loss, "terms"):
         handlers.append(LossTermsHandler(loss, formulation))  # type: ignore[arg-type]
     if hasattr(formulation, "step"):
         handlers.append(StepFormulationHandler(formulation))
-    handlers.append(_ValidateAlsoAtTheEnd(val_interval, evaluator))
+    if validate:
+        handlers.append(_ValidateAlsoAtTheEnd(val_interval, evaluator))
+    elif "network" not in objects:
+        raise ValueError(f"objects: expected the network, whose weights are saved, as 'network', got {[*objects]}.")
+    elif rank == 0:
+        handlers.append(SaveLatestHandler(objects["network"], f"{output_dir}/model.pt"))
     if rank == 0:
         first_loss = from_engine(["loss"], first=True)
         handlers += [
@@ -102,7 +118,9 @@ def training_handlers(
             ),
             ProgressBar(desc="training"),
         ]
-    handlers.append(ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0))
+    handlers.append(
+        ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0, settings=settings)
+    )
     return HandlerList(handlers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.data import Dataset, list_data_collate
 from monai.engines import SupervisedEvaluator
+
+from medconstraints.data.output_folders import mask_path
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
 
@@ -68,15 +71,28 @@ class TolerantEvaluator(SupervisedEvaluator):
     written as `report_path` when that is given.
 
     Args:
-        report_path: JSON file for the names of the files done and of those that failed with reasons, or None.
+        report_path: JSON file for the names of the files done and of those that failed with reasons, or None. That of
+            a former run is removed at the start.
+        output_dir: folder of the masks, see `SaveMaskd`. The mask that a failing volume has there from a former run is
+            renamed to `<mask>.old`: it must not look like one of this run. None leaves masks alone.
+        postfix: of the masks' names.
         kwargs: the arguments of `SupervisedEvaluator`.
 
     Raises:
         RuntimeError: at the end of a run in which every volume failed.
     """
 
-    def __init__(self, *, report_path: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        report_path: str | Path | None = None,
+        output_dir: str | Path | None = None,
+        postfix: str = "seg",
+        **kwargs: Any,
+    ) -> None:
         self.report_path = None if report_path is None else Path(report_path)
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.postfix = postfix
         self.failures: list[dict[str, str]] = []
         self.done: list[str] = []
         super().__init__(**kwargs)
@@ -85,6 +101,8 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     def _start(self, engine: Engine) -> None:
         self.failures, self.done = [], []
+        if self.report_path is not None:
+            self.report_path.unlink(missing_ok=True)
 
     def _iteration(self, engine: Any, batchdata: Any) -> Any:
         if _FAILURE in batchdata:
@@ -105,6 +123,12 @@ class TolerantEvaluator(SupervisedEvaluator):
     def _fail(self, file: str, reason: str) -> None:
         self.failures.append({"file": Path(file).name, "reason": reason})
         logger.error("%s failed: %s", Path(file).name, reason)
+        if self.output_dir is None:
+            return
+        mask = mask_path(self.output_dir, file, postfix=self.postfix)
+        if mask.exists():
+            os.replace(mask, mask.with_name(mask.name + ".old"))
+            logger.warning("%s: its mask of a former run is now called %s.old", Path(file).name, mask.name)
 
     def _finish(self, engine: Engine) -> None:
         if self.report_path is not None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-__all__ = ["LossTermsHandler", "RequireBoxesHandler", "StepFormulationHandler"]
+__all__ = ["LossTermsHandler", "RequireBoxesHandler", "RequireFiniteLossHandler", "StepFormulationHandler"]
 
 
 class _HasTerms(Protocol):
@@ -66,6 +70,9 @@ class LossTermsHandler:
 class RequireBoxesHandler:
     """Stops a run whose first epoch held no box at all: it would train on emptiness alone and learn nothing.
 
+    In distributed training the boxes of all processes count, and all of them stop: one alone would leave the others
+    waiting for it.
+
     Args:
         key: key of the boxes in the batch, (B, N, 1 + 2 D).
 
@@ -76,6 +83,7 @@ class RequireBoxesHandler:
     def __init__(self, key: str = "boxes") -> None:
         self.key = key
         self._found = False
+        self._judged = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -88,10 +96,62 @@ class RequireBoxesHandler:
             self._found = bool((boxes[..., 0] > 0).any())
 
     def _judge(self, engine: Engine) -> None:
+        if self._judged:
+            return
+        self._judged = True
+        self._found = bool(idist.all_reduce(float(self._found), op="MAX"))
         if not self._found:
             raise ValueError(
                 f"{self.key}: not one box in a whole epoch; check that the labels or box files of the training volumes "
                 "hold the class, and that patch_size and spacing_mm leave boxes in the patches."
+            )
+
+
+class RequireFiniteLossHandler:
+    """Stops a run at the end of an epoch whose mean loss is NaN or infinite: its weights are lost, and so is the rest.
+
+    Put it before the handlers that validate and save, so that the files of the last sound epoch stay. Iterations are
+    counted on the device; the host waits for them once per epoch. In distributed training all processes stop.
+
+    Args:
+        loss: a loss whose `terms()` tell which part of it is not finite, or any other.
+
+    Raises:
+        RuntimeError: after the epoch; the message counts the iterations and names the terms.
+    """
+
+    def __init__(self, loss: Any = None) -> None:
+        self.loss = loss
+        self._counts: dict[str, Tensor] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
+
+    def _reset(self, engine: Engine) -> None:
+        self._counts = {}
+
+    def _add(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        total: Tensor = output[CommonKeys.LOSS].detach()
+        terms = self.loss.terms() if hasattr(self.loss, "terms") else {}
+        for name, value in {"loss": total, **{f"loss/{name}": value for name, value in terms.items()}}.items():
+            bad = (~torch.isfinite(torch.as_tensor(value, device=total.device))).any().float()
+            self._counts[name] = self._counts[name] + bad if name in self._counts else bad
+
+    def _judge(self, engine: Engine) -> None:
+        if not self._counts:
+            return
+        counts = torch.as_tensor(idist.all_reduce(torch.stack(list(self._counts.values())), op="SUM"))
+        bad = dict(zip(self._counts, counts.tolist(), strict=True))
+        if bad.pop("loss"):
+            terms = ", ".join(name.removeprefix("loss/") for name, count in bad.items() if count)
+            raise RuntimeError(
+                f"loss: NaN or infinite in epoch {engine.state.epoch}"
+                f"{f', in its terms {terms}' if terms else ''}; lower the learning rate, look for extreme intensities "
+                "in the images, or train without mixed precision. Nothing of this epoch was saved."
             )
 
 

@@ -236,25 +236,18 @@ def _bands(
     total_slots: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bands of every box along every axis: line positions in the flattened profiles, their band, widths and groups."""
-    lines, segments, widths, groups = [], [], [], []
-    offset = num_segments = 0
-    for axis in range(len(size)):
-        extent = stop[:, axis] - start[:, axis]
-        others_cut = np.delete(cut, axis, axis=1).any(1)
-        used = np.nonzero(thick[:, axis] & ~others_cut)[0]
-        count = extent[used]
-        per_box = -(-count // width)
-        position = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        first_segment = num_segments + np.cumsum(per_box) - per_box
-        lines.append(offset + np.repeat(flat_slot[used] * size[axis] + start[used, axis], count) + position)
-        segments.append(np.repeat(first_segment, count) + position // width)
-        rank = np.arange(per_box.sum()) - np.repeat(np.cumsum(per_box) - per_box, per_box)
-        widths.append(np.minimum(width, np.repeat(count, per_box) - rank * width))
-        groups.append(np.repeat(group[used], per_box))
-        num_segments += int(per_box.sum())
-        offset += total_slots * int(size[axis])
-    width_per_band = np.concatenate(widths).astype(np.float64)
-    return np.concatenate(lines), np.concatenate(segments), width_per_band, np.concatenate(groups)
+    others_cut = cut.sum(1, keepdims=True) > cut
+    axis, box = np.nonzero((thick & ~others_cut).T)
+    lines = (stop - start)[box, axis]
+    bands = -(-lines // width)
+    first_band = np.cumsum(bands) - bands
+    # The profiles of the first axis stand before those of the second: slot by slot, `size` values each.
+    first_line = (total_slots * (np.cumsum(size) - size))[axis] + flat_slot[box] * size[axis] + start[box, axis]
+    of_line, of_band = np.repeat(np.arange(len(box)), lines), np.repeat(np.arange(len(box)), bands)
+    position = np.arange(len(of_line)) - (np.cumsum(lines) - lines)[of_line]
+    left = lines[of_band] - (np.arange(len(of_band)) - first_band[of_band]) * width
+    widths = np.minimum(width, left).astype(np.float64)
+    return first_line[of_line] + position, first_band[of_line] + position // width, widths, group[box][of_band]
 
 
 def _union_volume(starts: np.ndarray, stops: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -277,11 +270,13 @@ def _union_corrections(
     """
     rank = np.arange(len(group)) - np.searchsorted(group, group)
     members = int(rank.max(initial=-1)) + 1
+    if members < 2:
+        return group[:0], start[:0], stop[:0], np.zeros(0)
     table_start = np.zeros((num_groups, members, start.shape[1]), dtype=np.int64)
     table_stop = np.zeros_like(table_start)
     table_start[group, rank], table_stop[group, rank] = start, stop
     found, sign = [(group[:0], start[:0], stop[:0], np.zeros(0))], -1.0
-    while len(group) and members > 1:
+    while len(group):
         low = np.maximum(start[:, None], table_start[group])
         high = np.minimum(stop[:, None], table_stop[group])
         entry, rank = np.nonzero((high > low).all(-1) & (np.arange(members) > rank[:, None]))

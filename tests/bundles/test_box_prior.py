@@ -5,8 +5,11 @@ import gzip
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import fire
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -213,6 +216,49 @@ def test_box_files_without_any_label(bundle, run_bundle, cohort, own_cohort, tmp
     one, two = scalars(tmp_path / "files"), scalars(tmp_path / "labels")
     assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
     assert one["val_mean_dice"] == pytest.approx(two["val_mean_dice"], abs=1e-2)
+
+
+def with_slicer_files(folder):
+    """Replace the training labels of a cohort by files as 3D Slicer saves them: a named ROI, no list of names."""
+
+    def edit(datalist):
+        for entry in datalist["training"]:
+            label = nib.load(folder / entry.pop("label"))
+            entry["boxes"] = f"{Path(entry['image']).name}.mrk.json"
+            boxes = label_to_boxes(np.asarray(label.dataobj), mode="class")
+            write_boxes(folder / entry["boxes"], boxes, class_names={1: "organ"}, affine=label.affine)
+            content = json.loads((folder / entry["boxes"]).read_text())
+            del content["classes"]
+            (folder / entry["boxes"]).write_text(json.dumps(content))
+
+    return edit
+
+
+def test_class_names_on_the_command_line(bundle, own_cohort, tmp_path, monkeypatch):
+    """`--classes "{'organ': 1}"`, parsed as `python -m monai.bundle run` does."""
+    folder = own_cohort(with_slicer_files(own_cohort()))
+    (tmp_path / "small.json").write_text(json.dumps(TRAIN | {"epochs": 1, "slice_axis": None}))
+    files = [str(bundle / "configs" / "train.json"), str(tmp_path / "small.json")]
+    options = {"config_file": files, "bundle_root": bundle, "dataset_dir": folder, "box_source": "files"}
+    options |= {"logging_file": False, "output_dir": tmp_path / "run", "classes": "{'organ': 1}"}
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MONAI puts the bundle in front
+    fire.Fire(monai.bundle.run, [f"--{key}={value}" for key, value in options.items()])
+    assert np.isfinite(scalars(tmp_path / "run")["train_box_prior_tightness"]).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (None, r"\.mrk\.json, markups\[0\]: unknown class 'organ' .*--classes \"\{'organ': 1\}\""),
+        ({"organ": 2}, r"\.mrk\.json, markups\[0\]: class 2 is none of the 1 classes to box .*num_classes is 2"),
+    ],
+)
+def test_box_files_of_other_classes(bundle, run_bundle, own_cohort, tmp_path, classes, expected):
+    folder = own_cohort(with_slicer_files(own_cohort()))
+    more = {} if classes is None else {"classes": classes}
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        run_bundle(bundle, dataset_dir=folder, output_dir=tmp_path / "run", box_source="files", **TRAIN | more)
+    assert re.search(expected, chain(caught.value)), chain(caught.value)
 
 
 def test_boxes_of_two_classes(bundle, run_bundle, two_class_cohort, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from itertools import product
 
 import numpy as np
@@ -133,6 +134,49 @@ def test_thin_millimetre_boxes_keep_one_voxel_and_half_a_voxel_over_is_cut(tmp_p
     boxes = [box(1, (4.1, 5.2, 6.3), (4.2, 5.3, 6.4)), box(1, (-0.9, -0.6, 3.5), (19.9, 4.5, 4.5))]
     rows = read(json_file(tmp_path, boxes, "RAS"), affine=np.eye(4))
     assert rows.tolist() == [[1, 4, 5, 6, 5, 6, 7], [1, 0, 0, 4, 20, 5, 5]]
+
+
+@pytest.mark.parametrize("affine", [LPS_GRID, PERMUTED, rotated()], ids=["lps", "permuted", "oblique"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("offset_voxels", [-0.4, 0.0, 0.4])
+def test_a_flat_slicer_roi_is_one_voxel_thick(tmp_path, affine, axis, offset_voxels):
+    """Drawn on a slice, along the volume's own axes: no thickness across it."""
+    row = np.array([1, 2, 3, 4, 9, 20, 11])
+    row[4 + axis] = row[1 + axis] + 1
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    centre = (row[1:4] + row[4:] - 1) / 2
+    centre[axis] += offset_voxels
+    size = spacing * (row[4:] - row[1:4])
+    size[axis] = 0
+    axes = affine[:3, :3] / spacing
+    roi = markup((affine @ [*centre, 1])[:3], size, label=1, coordinateSystem="RAS", orientation=axes.ravel().tolist())
+    assert read(slicer_file(tmp_path, roi), affine=affine).tolist() == [row.tolist()]
+
+
+@pytest.mark.parametrize("system", ["RAS", "LPS"])
+def test_flat_millimetre_corners_are_one_voxel_thick(tmp_path, system):
+    corners = edges_mm(LPS_GRID, [1, 2, 3, 4, 9, 20, 5], system)
+    first, last = corners[0], corners[-1]
+    first[2] = last[2] = (LPS_GRID @ [0, 0, 4, 1])[2]
+    table = tmp_path / "boxes.csv"
+    table.write_text(f"# coordinate_system: {system}\n{CSV_3D}1,{','.join(str(x) for x in [*first, *last])}\n")
+    for path in (table, json_file(tmp_path, [box(1, last, first)], system)):
+        assert read(path).tolist() == [[1, 2, 3, 4, 9, 20, 5]]
+    flat = json_file(tmp_path, [box(1, (2, 2.5), (2, 8.5))], "LPS")
+    assert read(flat, affine=np.diag([-2.0, -1.0, 1.0]), shape=(8, 10)).tolist() == [[1, 1, 3, 2, 9]]
+
+
+def test_a_flat_box_across_no_voxel_axis_is_the_bounding_box_of_its_corners(tmp_path):
+    affine = rotated()
+    first, last = (affine @ [6, 10, 4, 1])[:3], (affine @ [10, 18, 8, 1])[:3]
+    first[2] = last[2]
+    corners = np.array(list(product(*zip(first, last, strict=True))))
+    index = np.array([np.linalg.solve(affine, [*c, 1.0])[:3] for c in corners])
+    expected = [1, *np.floor(index.min(0) + 1).astype(int), *np.floor(index.max(0) + 1).astype(int)]
+    assert read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine).tolist() == [expected]
+    first[2] = last[2] = last[2] + 60
+    with pytest.raises(BoxFileError, match=r"entirely outside the volume|beyond the volume along its own axis 3"):
+        read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine)
 
 
 def test_millimetre_box_in_an_oblique_grid_is_the_bounding_box_of_its_corners(tmp_path):
@@ -280,6 +324,35 @@ def test_image_name_is_ignored_without_an_image_column(tmp_path):
     assert read(json_file(tmp_path, [box()]), image="any.nii.gz").tolist() == [[1, 1, 2, 3, 4, 6, 8]]
 
 
+def test_images_are_told_apart_by_their_folders(tmp_path):
+    path = tmp_path / "boxes.csv"
+    rows = "p1/image.nii.gz,1,1,2,3,4,6,8\np1\\image,1,0,0,0,2,2,2\np2/image.nii.gz,2,0,0,0,1,1,1\n"
+    path.write_text(f"image,{CSV_3D}{rows}./other.nii.gz,,,,,,,\n")
+    expected = {
+        "data/p1/image.nii.gz": [[1, 1, 2, 3, 4, 6, 8], [1, 0, 0, 0, 2, 2, 2]],
+        "/data/p2/image.nii": [[2, 0, 0, 0, 1, 1, 1]],
+        "p2/image.nii.gz": [[2, 0, 0, 0, 1, 1, 1]],
+        "/any/other.nii.gz": [],
+    }
+    for image, boxes in expected.items():
+        assert read(path, image=image).tolist() == boxes
+    for image in ("/data/p3/image.nii.gz", "/data/xp1/image.nii.gz", "/p1/p3/image.nii.gz"):
+        with pytest.raises(BoxFileError, match=rf"has no row for the image '[^']*{image[-18:]}'.*folders in a row"):
+            read(path, image=image)
+    with pytest.raises(BoxFileError, match=r"'p1\\.*image' and 'p2/image.nii.gz' both fit .*; give image= its folders"):
+        read(path, image="image.nii.gz")
+
+
+@pytest.mark.parametrize("short", ["image.nii.gz", "image", "p2/image.nii.gz"])
+def test_a_row_with_too_few_folders_is_refused(tmp_path, short):
+    path = tmp_path / "boxes.csv"
+    full = "a/p2/image.nii.gz"
+    path.write_text(f"image,{CSV_3D}{short},1,1,2,3,4,6,8\n{full},1,0,0,0,2,2,2\n")
+    reason = f"boxes.csv: is ambiguous: '{short}' and '{full}' both fit the image 'a/p2/image.nii.gz'; write '{short}'"
+    with pytest.raises(BoxFileError, match=re.escape(reason) + " with as many folders as tell the volumes apart"):
+        read(path, image="/data/a/p2/image.nii.gz")
+
+
 # Another grid than the stored one
 
 
@@ -367,9 +440,9 @@ BAD_BOXES = {
     "no class": ({"start": [0, 0, 0], "stop": [1, 2, 3]}, "has no 'class'; add it"),
     "unknown system": (box(coordinate_system="scanner"), "unknown coordinate system 'scanner'; use voxel, RAS or LPS"),
     "not an object": ([1, 2], "is not an object with class, start and stop; correct the entry"),
-    "flat mm": (
-        box(1, (0, 0, 0), (0, 2, 2), coordinate_system="RAS"),
-        "is empty: start and stop are equal along axis 1",
+    "point mm": (
+        box(1, (40, 0, 0), (40, 0, 0), coordinate_system="RAS"),
+        "is empty: start and stop are the same point; a box may be flat",
     ),
 }
 
@@ -384,6 +457,41 @@ def test_faulty_json_row(tmp_path, case):
     assert caught.value.path == path
     assert caught.value.row == 1
     assert caught.value.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["voxel", "csv", "slicer", "named"])
+def test_classes_that_the_network_does_not_have(tmp_path, kind):
+    names = None
+    if kind == "csv":
+        path, where = tmp_path / "boxes.csv", "row 2 (line 3)"
+        path.write_text(CSV_3D + "1,1,2,3,4,6,8\n3,1,2,3,4,6,8\n")
+    elif kind == "slicer":
+        rois = [markup((-41.0, -5.75, 8.0), (8, 15, 3), label=label) for label in ("1", "3")]
+        path, where = slicer_file(tmp_path, *rois), "markups[1]"
+    else:
+        names = {"liver": 1, "spleen": 3} if kind == "named" else None
+        path, where = json_file(tmp_path, [box(1), box("spleen" if names else 3)]), "boxes[1]"
+    assert read(path, classes=names, num_classes=4)[:, 0].tolist() == [1, 3]
+    with pytest.raises(BoxFileError) as caught:
+        read(path, classes=names, num_classes=3)
+    reason = "class 3 is none of the 2 classes to box (1 to 2, as num_classes is 3 with the background)"
+    assert str(caught.value).startswith(f"{path.name}, {where}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (None, """(known: none); use a class number or add it to classes= (bundle: --classes "{'prostate': 1}")"""),
+        (
+            {"liver": 1},
+            """(known: liver = 1); use one of these or add it to classes= (bundle: --classes "{..., 'prostate': 2}")""",
+        ),
+    ],
+)
+def test_an_unknown_name_says_how_to_add_it(tmp_path, classes, text):
+    with pytest.raises(BoxFileError) as caught:
+        read(json_file(tmp_path, [box("prostate")]), classes=classes)
+    assert caught.value.reason == f"unknown class 'prostate' {text}"
 
 
 @pytest.mark.parametrize(
@@ -432,7 +540,8 @@ def test_oblique_box_outside(tmp_path):
         ({"center": None, "controlPoints": []}, "has no 'center'; place the ROI in Slicer"),
         ({"size": None}, "has no 'size'"),
         ({"size": [8, 15]}, "'size' has 2 numbers, expected 3"),
-        ({"size": [8, 0, 3]}, "is empty: its size along ROI axis 2 is 0 mm"),
+        ({"size": [8, -1, 3]}, "has the size -1 mm along ROI axis 2; it must not be negative"),
+        ({"size": [0, 0, 0]}, "is empty: its size is 0 mm in every direction; draw it again in Slicer"),
         ({"orientation": [0] * 9}, "'orientation' is not a rotation"),
         ({"center": [float("nan"), 0, 0]}, "center_1 is nan"),
         (
@@ -539,6 +648,7 @@ def test_missing_file(tmp_path):
         ({"shape": (4, 0, 2)}, "shape must be the spatial shape"),
         ({"stored_shape": SHAPE}, "give stored_affine and stored_shape together"),
         ({"stored_shape": (4, 4), "stored_affine": np.eye(4)}, "stored_shape has 2 sizes and shape 3"),
+        ({"num_classes": 1}, "num_classes must be at least 2, with the background, got 1"),
         ({"classes": {"liver": 0}}, "classes must map names to class numbers from 1 on, got 'liver': 0"),
     ],
 )

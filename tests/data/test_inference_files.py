@@ -1,11 +1,11 @@
-"""Which volumes an inference run reads; that nothing is lost, and nothing changed when it cannot run."""
+"""Which volumes an inference run reads, and where runs write; that nothing is lost, and nothing changed when it cannot run."""
 
 import json
 import os
 
 import pytest
 
-from medconstraints.data import check_output_dir, volumes_for_inference
+from medconstraints.data import check_output_dir, check_run_dir, mask_path, volumes_for_inference
 
 
 @pytest.fixture
@@ -147,8 +147,7 @@ def test_existing_masks_are_kept(folder, tmp_path, present):
     assert len(volumes_for_inference(folder, output_dir=masks, postfix="second")) == 3
     assert tree(tmp_path) == before
     assert len(volumes_for_inference(folder, output_dir=masks, overwrite=True)) == 3
-    removed = {f"masks/{name}" for name in present}
-    assert tree(tmp_path) == {path: text for path, text in before.items() if path not in removed}
+    assert tree(tmp_path) == before  # only the new mask replaces the old one
 
 
 @pytest.mark.parametrize("below", ["file", "file/masks", "file/deep/masks"])
@@ -191,5 +190,63 @@ def test_message_names_the_first_file(tmp_path, names, first):
     kept = {"x": b"work", "y": b"work"}
     assert tree(tmp_path) == kept
     assert check_output_dir(tmp_path, names, overwrite=True) == tmp_path
-    # A file that will be written again is removed first, others stay.
-    assert tree(tmp_path) == {name: text for name, text in kept.items() if name not in names}
+    assert tree(tmp_path) == kept
+
+
+def test_any_file_counts_without_names(tmp_path):
+    check_output_dir(tmp_path)
+    (tmp_path / "x.csv").write_bytes(b"work")
+    with pytest.raises(FileExistsError, match=r"1 of 1 outputs exist already in .*, such as x\.csv; .*overwrite"):
+        check_output_dir(tmp_path)
+    assert check_output_dir(tmp_path, overwrite=True) == tmp_path
+    assert tree(tmp_path) == {"x.csv": b"work"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("spelling", ["in", "in/../in", "in/sub/.."])
+def test_masks_among_the_volumes_are_refused(folder, tmp_path, overwrite, spelling):
+    """The next run would segment the masks."""
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir: .* is the folder of the volumes, .*; choose another folder"):
+        volumes_for_inference(folder, output_dir=tmp_path / spelling, overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_a_link_to_the_folder_of_the_volumes_is_that_folder(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="is the folder of the volumes"):
+        volumes_for_inference(folder, output_dir=tmp_path / "link")
+
+
+def test_a_mask_must_not_replace_a_volume(folder, datalist):
+    (folder / "b_seg.nii.gz").write_bytes(b"a volume")
+    path = datalist({"test": ["b.nii.gz", "b_seg.nii.gz"]})
+    before = tree(folder)
+    message = r"output_dir: the mask b_seg\.nii\.gz would replace a volume of that name in .*; choose another folder"
+    with pytest.raises(ValueError, match=message):
+        volumes_for_inference(path, output_dir=folder, overwrite=True)
+    assert tree(folder) == before
+    assert len(volumes_for_inference(path, output_dir=folder, postfix="organ")) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("a.nii", "a_seg.nii.gz"),
+        ("x/c.1.nii.gz", "c.1_seg.nii.gz"),
+        ("a.gz.nii", "a.gz_seg.nii.gz"),
+        ("v", "v_seg.nii.gz"),
+    ],
+)
+def test_mask_path(tmp_path, image, expected):
+    assert mask_path(tmp_path, image) == tmp_path / expected
+
+
+def test_run_folder_with_foreign_weights(tmp_path):
+    assert check_run_dir(tmp_path / "new" / "run") == tmp_path / "new" / "run"
+    assert tree(tmp_path) == {"new": False, "new/run": False}
+    (tmp_path / "model.pt").write_bytes(b"work")
+    with pytest.raises(FileExistsError, match=r"has a model\.pt but no last\.pt .*; choose another output_dir"):
+        check_run_dir(tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"state")
+    assert check_run_dir(tmp_path) == tmp_path

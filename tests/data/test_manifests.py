@@ -429,6 +429,35 @@ def test_command_line(manifest, copy_of_set, tmp_path, capsys):
     assert "case 002: image without label" in capsys.readouterr().out
 
 
+def test_datalist_command_that_cannot_be_run(manifest, copy_of_set, tmp_path, capsys):
+    """One sentence and status 2; an existing list stays unless --overwrite."""
+    (tmp_path / "schema.json").write_text((FOLDER / "schema.json").read_text())
+    path, output = tmp_path / "small.json", tmp_path / "datalist.json"
+    path.write_text(json.dumps(manifest))
+    output.write_text("work")
+
+    def run(*more, root=copy_of_set, manifest=path, output=output):
+        both = ["--manifest", str(manifest), "--root", str(root), "--output", str(output)]
+        status = main(["datalist", *both, *(more or ["--fractions", "1", "0", "0"])])
+        return status, capsys.readouterr().err
+
+    status, message = run()
+    assert status == 2 and f"--output: {output} exists; choose another name or add --overwrite." in message
+    assert output.read_text() == "work"
+    new = tmp_path / "new.json"
+    for options, expected in (
+        ({"root": tmp_path / "nowhere"}, "nowhere"),
+        ({"manifest": tmp_path / "missing.json"}, "missing.json"),
+        ({"output": tmp_path / "nowhere" / "list.json"}, "nowhere"),
+    ):
+        status, message = run(**({"output": new} | options))
+        assert status == 2 and expected in message and "Traceback" not in message
+    assert run("--fractions", "1", "1", "1", output=new)[0] == 2
+    assert not new.exists()
+    assert run("--overwrite", "--fractions", "1", "0", "0") == (0, "")
+    assert json.loads(output.read_text())["training"]
+
+
 def test_module_runs_without_warning(tmp_path):
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.data.manifests", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})

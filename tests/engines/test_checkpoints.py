@@ -18,6 +18,7 @@ from medconstraints.engines import (
     ResumeHandler,
     SamplerEpochHandler,
     SaveBestHandler,
+    SaveLatestHandler,
     StepFormulationHandler,
 )
 from medconstraints.formulations import LogBarrierExtension
@@ -180,7 +181,7 @@ def test_the_best_value_survives_a_restart(tmp_path):
 class Run:
     """A network with dropout, momentum, a learning rate schedule and a barrier, trained on random data."""
 
-    def __init__(self, folder, *, max_epochs, width=8, save=True):
+    def __init__(self, folder, *, max_epochs, width=8, save=True, settings=None):
         torch.manual_seed(1)  # a new process starts from its own state
         self.network = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.1)
@@ -197,7 +198,7 @@ class Run:
         self.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.scheduler.step())
         EpochSeedHandler(0).attach(self.engine)
         StepFormulationHandler(self.barrier).attach(self.engine)
-        ResumeHandler(folder / "last.pt", objects, save=save).attach(self.engine)
+        ResumeHandler(folder / "last.pt", objects, save=save, settings=settings).attach(self.engine)
 
     def update(self, engine, batch):
         self.optimizer.zero_grad()
@@ -358,3 +359,65 @@ def test_the_scale_of_mixed_precision_is_kept(tmp_path):
         third.engine.scaler = Scaler(4.0)
         assert third().engine.scaler.scale == 4.0
         (tmp_path / "last.pt").unlink()
+
+
+# Settings of the run
+
+
+SETTINGS = {"seed": 0, "patch_size": (16, 16), "learning_rate": 1e-3, "slice_axis": None, "size_bounds": [0.1, 0.9]}
+
+
+def test_the_same_settings_go_on(tmp_path):
+    Run(tmp_path, max_epochs=1, settings=SETTINGS)()
+    again = SETTINGS | {"patch_size": [16, 16], "learning_rate": 0.001}  # a tuple is a list in JSON
+    assert Run(tmp_path, max_epochs=2, settings=again)().engine.state.epoch == 2
+    assert Run(tmp_path, max_epochs=3)().engine.state.epoch == 3  # who names none, asks for no comparison
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"last\.pt: belongs to a run with other settings: seed was 0, is 1; choose another output_dir"),
+        (
+            {"slice_axis": 2, "patch_size": [16, 8]},
+            r"settings: patch_size was \[16, 16\], is \[16, 8\]; slice_axis was None, is 2;",
+        ),
+        ({"size_bounds": [0.1, 0.8]}, r"size_bounds was \[0\.1, 0\.9\], is \[0\.1, 0\.8\]"),
+        ({"box_mode": None}, r"box_mode was 'not set', is None"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, change, message):
+    Run(tmp_path, max_epochs=1, settings=SETTINGS)()
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(RuntimeError, match=message):
+        Run(tmp_path, max_epochs=2, settings=SETTINGS | change)()
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_state_without_settings_goes_on_with_a_warning(tmp_path, caplog):
+    Run(tmp_path, max_epochs=1)()
+    Run(tmp_path, max_epochs=2, settings=SETTINGS)()
+    assert "last.pt does not tell the settings of its run: they are not compared" in caplog.text
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["settings"]["seed"] == 0
+
+
+def test_settings_that_are_not_json(tmp_path):
+    with pytest.raises(TypeError, match="settings: expected numbers, strings, lists and dictionaries"):
+        ResumeHandler(tmp_path / "last.pt", {}, settings={"device": torch.device("cpu")})
+
+
+# SaveLatestHandler
+
+
+def test_latest_weights_after_each_epoch(tmp_path, caplog):
+    network = network_of(1)
+    engine = Engine(lambda engine, batch: network.weight.data.add_(1))
+    SaveLatestHandler(network, tmp_path / "run" / "model.pt").attach(engine)
+    saved = []
+    engine.add_event_handler(
+        Events.EPOCH_COMPLETED,
+        lambda engine: saved.append(torch.load(tmp_path / "run" / "model.pt", weights_only=True)["weight"].item()),
+    )
+    engine.run([0], max_epochs=3)
+    assert saved == [2, 3, 4]
+    assert "nothing is validated, model.pt gets the weights of the latest epoch" in caplog.text

@@ -8,15 +8,18 @@ from ignite.engine import Events
 from ignite.metrics import Average
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
+from monai.handlers import ValidationHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from medconstraints.engines import (
     EpochSeedHandler,
     LossTermsHandler,
+    RequireFiniteLossHandler,
     RestoreLabelHandler,
     ResumeHandler,
     SaveBestHandler,
+    SaveLatestHandler,
     StepFormulationHandler,
     training_handlers,
     validation_handlers,
@@ -29,7 +32,7 @@ from medconstraints.losses import BoxPriorLoss, CombinedLoss
 def make_run(make_trainer, items, tmp_path):
     """A trainer with both lists, as a bundle builds it."""
 
-    def make(*, max_epochs=2, val_interval=1, rank=0, folder="run"):
+    def make(*, max_epochs=2, val_interval=1, rank=0, folder="run", **more):
         torch.manual_seed(0)
         output_dir = str(tmp_path / folder)
         network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.5))
@@ -56,6 +59,7 @@ def make_run(make_trainer, items, tmp_path):
             formulation=barrier,
             val_interval=val_interval,
             rank=rank,
+            **more,
         )
         trainer = make_trainer(
             items,
@@ -166,6 +170,7 @@ def test_order(make_trainer, items, rank, tmp_path):
     )
     assert of(EpochSeedHandler, handlers) == [0]
     assert of(RestoreLabelHandler, handlers) == [1]
+    assert of(RequireFiniteLossHandler, handlers) < of(ValidationHandler, handlers)
     assert of(LossTermsHandler, handlers) < of(StepFormulationHandler, handlers)
     assert of(ResumeHandler, handlers) == [len(handlers) - 1]
     assert handlers[-1].save == (rank == 0)
@@ -188,3 +193,54 @@ def test_validation_handlers(tmp_path):
     [best] = [handler for handler in handlers if isinstance(handler, SaveBestHandler)]
     assert best.path == tmp_path / "run" / "model.pt"
     assert validation_handlers(network=nn.Identity(), output_dir=str(tmp_path / "run"), rank=1) == []
+
+
+def test_without_validation_the_latest_weights_are_saved(make_run, tmp_path):
+    trainer = make_run(validate=False, max_epochs=3)
+    validated = []
+    trainer.made["evaluator"].add_event_handler(Events.STARTED, lambda engine: validated.append(1))
+    trainer.run()
+    assert not validated
+    assert files(tmp_path / "run") == ["events", "last.pt", "model.pt"]
+    saved, state = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("model.pt", "last.pt"))
+    assert all(torch.equal(saved[name], state["network"][name]) for name in saved)
+    make_run(validate=False, max_epochs=4).run()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["epoch"] == 4
+    make_run(validate=False, rank=1, folder="second").run()
+    assert not (tmp_path / "second").exists()
+
+
+def test_without_validation_there_must_be_a_network_to_save(items, tmp_path):
+    with pytest.raises(ValueError, match=r"objects: expected the network.* as 'network', got \['net'\]"):
+        training_handlers(
+            loss=nn.CrossEntropyLoss(),
+            evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
+            objects={"net": nn.Identity()},
+            output_dir=str(tmp_path),
+            seed=0,
+            dataset=None,
+            validate=False,
+        )
+    assert not of(SaveLatestHandler, validation_handlers(network=nn.Identity(), output_dir=str(tmp_path)))
+
+
+def test_settings_are_compared(make_run):
+    make_run(max_epochs=1, settings={"seed": 0}).run()
+    make_run(max_epochs=2, settings={"seed": 0}).run()
+    with pytest.raises(RuntimeError, match="other settings: seed was 0, is 1"):
+        make_run(max_epochs=3, settings={"seed": 1}).run()
+
+
+def test_nothing_is_saved_of_an_epoch_with_a_nan(make_run, tmp_path):
+    make_run(max_epochs=1).run()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    trainer = make_run(max_epochs=3)
+
+    def spoil(engine):
+        with torch.no_grad():
+            engine.network[0].weight.fill_(float("nan"))
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, spoil)
+    with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms .*prior"):
+        trainer.run()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before

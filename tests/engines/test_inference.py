@@ -43,7 +43,7 @@ def postprocess(pred):
 
 @pytest.fixture
 def make_evaluator():
-    def make(names, *, network=None, report_path=None, batch_size=1, handlers=()):
+    def make(names, *, network=None, report_path=None, batch_size=1, handlers=(), **more):
         data = TolerantDataset([{"image": f"/data/{name}"} for name in names], Compose([Lambdad("image", load)]))
         return TolerantEvaluator(
             report_path=report_path,
@@ -52,6 +52,7 @@ def make_evaluator():
             network=network or Network(),
             postprocessing=Compose([Lambdad("pred", postprocess)]),
             val_handlers=list(handlers),
+            **more,
         )
 
     return make
@@ -191,3 +192,48 @@ def test_images_without_meta_data(make_evaluator):
     evaluator.data_loader.dataset.transform = Compose([Lambdad("image", lambda path: torch.ones(1, 4, 4))])
     evaluator.run()
     assert evaluator.done == ["volume"]
+
+
+def test_a_failing_volume_keeps_no_mask_that_looks_new(make_evaluator, tmp_path, caplog):
+    """Of the old masks those of failing volumes are put aside; the saving transform replaces the others."""
+    names = ["1.nii.gz", "bad2.nii.gz", "13.nii", "100.nii.gz"]
+    old = [f"{name.split('.')[0]}_seg.nii.gz" for name in names] + ["unrelated_seg.nii.gz"]
+    for name in old:
+        (tmp_path / name).write_bytes(b"old " + name.encode())
+    (tmp_path / "13_seg.nii.gz.old").write_bytes(b"older")
+    make_evaluator(names, output_dir=tmp_path).run()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    failed = old[1:4]
+    assert found == {f"{n}.old" if n in failed else n: b"old " + n.encode() for n in old}
+    assert "bad2.nii.gz: its mask of a former run is now called bad2_seg.nii.gz.old" in caplog.text
+
+
+def test_masks_stay_without_an_output_folder_or_with_another_postfix(make_evaluator, tmp_path):
+    (tmp_path / "bad2_seg.nii.gz").write_bytes(b"old")
+    make_evaluator(["1.nii", "bad2.nii.gz"]).run()
+    make_evaluator(["1.nii", "bad2.nii.gz"], output_dir=tmp_path, postfix="organ").run()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad2_seg.nii.gz"]
+
+
+def test_the_report_of_a_former_run_goes_with_the_start(make_evaluator, tmp_path):
+    """A run that is killed leaves no report; one that fails before its start, with wrong weights, leaves the old one."""
+    report = tmp_path / "report.json"
+
+    class Killed(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    class WrongWeights:
+        def attach(self, engine):
+            engine.add_event_handler(Events.STARTED, self)
+
+        def __call__(self, engine):
+            raise FileNotFoundError("model.pt")
+
+    report.write_text("old")
+    with pytest.raises(FileNotFoundError):
+        make_evaluator(["1.nii"], report_path=report, handlers=[WrongWeights()]).run()
+    assert report.read_text() == "old"
+    with pytest.raises(KeyboardInterrupt):
+        make_evaluator(["1.nii"], report_path=report, network=Killed()).run()
+    assert not report.exists()

@@ -1,10 +1,19 @@
-"""LossTermsHandler and StepFormulationHandler: once per epoch, and the means are means."""
+"""Handlers of the loss: once per epoch, the means are means, and a run that cannot learn stops."""
+
+import math
 
 import pytest
+import torch
 from ignite.engine import Events
 from torch import nn
 
-from medconstraints.engines import LossTermsHandler, RestoreLabelHandler, StepFormulationHandler
+from medconstraints.engines import (
+    LossTermsHandler,
+    RequireBoxesHandler,
+    RequireFiniteLossHandler,
+    RestoreLabelHandler,
+    StepFormulationHandler,
+)
 from medconstraints.formulations import LogBarrierExtension
 from medconstraints.losses import BoxPriorLoss, CombinedLoss
 
@@ -87,3 +96,95 @@ def test_log_barrier_rises(make_trainer, items):
 def test_wrong_objects_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+# RequireBoxesHandler
+
+
+@pytest.fixture
+def other_process(monkeypatch):
+    """Stands in for a second process with values of its own; lists what was reduced."""
+
+    def stand_in(value):
+        calls = []
+
+        def all_reduce(mine, op="SUM"):
+            calls.append(op)
+            return max(mine, value) if op == "MAX" else mine + value
+
+        monkeypatch.setattr("medconstraints.engines.monitoring.idist.all_reduce", all_reduce)
+        return calls
+
+    return stand_in
+
+
+def without_boxes(items):
+    return [item | {"boxes": torch.zeros_like(item["boxes"])} for item in items]
+
+
+def test_no_box_in_the_first_epoch(make_trainer, items):
+    with pytest.raises(ValueError, match="boxes: not one box in a whole epoch"):
+        make_trainer(without_boxes(items), handlers=[RequireBoxesHandler()]).run()
+    one = [items[0], *without_boxes(items[1:])]
+    make_trainer(one, max_epochs=2, handlers=[RequireBoxesHandler()]).run()
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(True, 0.0), (False, 1.0), (False, 0.0)])
+def test_processes_agree_on_the_boxes(make_trainer, items, other_process, mine, theirs):
+    """A process without boxes goes on with the others; reduced once, in each process."""
+    calls = other_process(theirs)
+    trainer = make_trainer(items if mine else without_boxes(items), max_epochs=3, handlers=[RequireBoxesHandler()])
+    if mine or theirs:
+        trainer.run()
+    else:
+        with pytest.raises(ValueError, match="not one box"):
+            trainer.run()
+    assert calls == ["MAX"]
+
+
+# RequireFiniteLossHandler
+
+
+class Failing(nn.Module):
+    """Mean of the output, times a value from the given iteration on; its term "size" tells so."""
+
+    def __init__(self, value, start):
+        super().__init__()
+        self.value, self.start, self.calls = value, start, 0
+
+    def forward(self, input, target):
+        self.calls += 1
+        self.factor = self.value if self.calls >= self.start else 1.0
+        return input.mean() * self.factor
+
+    def terms(self):
+        return {"tightness": torch.tensor(1.0), "size": torch.tensor(float(self.factor))}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("start", [4, 6])
+def test_a_loss_that_is_not_finite(make_trainer, items, value, start):
+    """Three iterations an epoch: the first epoch is whole, the second is not, and nothing after it is called."""
+    loss, epochs = Failing(value, start), []
+    trainer = make_trainer(items, max_epochs=3, loss_function=loss, handlers=[RequireFiniteLossHandler(loss)])
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: epochs.append(engine.state.epoch))
+    with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms size; lower the learning"):
+        trainer.run()
+    assert epochs == [1]
+
+
+def test_a_loss_without_terms(make_trainer, items):
+    class Nan(nn.Module):
+        def forward(self, input, target):
+            return input.mean() * math.nan
+
+    with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 1; lower"):
+        make_trainer(items, loss_function=Nan(), handlers=[RequireFiniteLossHandler()]).run()
+    make_trainer(items, max_epochs=2, handlers=[RequireFiniteLossHandler()]).run()
+
+
+def test_all_processes_stop(make_trainer, items, other_process, mean_loss):
+    calls = other_process(torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(RuntimeError, match=r"NaN or infinite in epoch 1, in its terms twice;"):
+        make_trainer(items, handlers=[RequireFiniteLossHandler(mean_loss)]).run()
+    assert calls == ["SUM"]

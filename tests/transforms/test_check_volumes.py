@@ -214,7 +214,7 @@ def test_what_is_no_path():
         item(image=(IMAGE * 100).to(torch.int16), label=LABEL.to(torch.uint8)),
         item(label=torch.zeros(1, *SHAPE)),
         item(image=torch.cat([IMAGE, -IMAGE])),
-        item(affine=AFFINE + 5e-4),
+        item(affine=AFFINE + 0.014),  # the smallest voxel side is 1.5 mm
         {"image": IMAGE, "label": LABEL},  # plain tensors
         {"image": IMAGE.numpy(), "label": LABEL.numpy().astype(np.uint16)},
     ],
@@ -277,6 +277,7 @@ def bad_label(new):
             r"has another affine than its image case\.nii\.gz: the origin differs by up to 2\.5 mm; use",
         ),
         (item(affine=np.diag([1.5, -2.0, 3.0, 1.0])), {}, "the voxel size or direction differs by up to 3 mm"),
+        (item(affine=AFFINE + 0.016), {}, "has another affine than its image"),
         (item(affine=AFFINE + 5e-4), {"affine_tolerance": 1e-4}, "has another affine than its image"),
         (item(affine=np.full((4, 4), np.nan)), {}, "has another affine than its image"),
         (item(label=bad_label([3.0, 7.0])), {}, r"has values that are no class number 0 to 2: 3, 7; map them"),
@@ -304,6 +305,22 @@ def test_unusable_labels(pair, arguments, reason):
     with pytest.raises(VolumeError, match=rf"^case_label\.nii\.gz: .*{reason}"):
         CheckVolumesd(label_key="label", **{"num_classes": 3, **arguments})(pair)
     CheckVolumesd()(pair)  # the image itself is sound
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_affines_are_compared_in_voxels(scale):
+    """Microscopy or a coarse scan: 1 % of the smallest voxel side is let through, 1.1 % is not."""
+    turn = np.array([[0, -1, 0, 0], [0.8, 0, -0.6, 0], [0.6, 0, 0.8, 0], [0, 0, 0, 1.0]])
+    affine = turn @ np.diag([2 * scale, scale, 3 * scale, 1])
+    for share, sound in ((0.0099, True), (0.011, False)):
+        moved = affine.copy()
+        moved[1, 3] += share * scale
+        pair = {"image": meta(IMAGE, affine=affine), "label": meta(LABEL, "case_label.nii.gz", affine=moved)}
+        if sound:
+            assert CheckVolumesd(label_key="label")(pair) is pair
+        else:
+            with pytest.raises(VolumeError, match=r"has another affine than its image .* the origin differs"):
+                CheckVolumesd(label_key="label")(pair)
 
 
 def test_values_without_annotation():
@@ -360,7 +377,7 @@ def test_two_dimensions():
         ({"num_classes": 1}, "num_classes: expected at least 2, background included, got 1"),
         ({"spatial_dims": 4}, "spatial_dims: expected 2 or 3, got 4"),
         ({"min_shape": (4, 4)}, r"min_shape: expected 3 sizes, got \(4, 4\)"),
-        ({"affine_tolerance": float("nan")}, "affine_tolerance: expected a number >= 0, in mm, got nan"),
+        ({"affine_tolerance": float("nan")}, "affine_tolerance: expected a share >= 0 of the voxel spacing, got nan"),
     ],
 )
 def test_arguments(arguments, reason):

@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 
 from medconstraints.data.box_files import BoxFileError, write_boxes
-from medconstraints.transforms import BoxesToGridd, LoadBoxesd
+from medconstraints.transforms import BoxesToGridd, LoadBoxesd, boxes_from
 
 SHAPE = (18, 22, 10)
 LPS = np.array([[-1.5, 0, 0, 30], [0, -2.0, 0, 12], [0, 0, 3, -5], [0, 0, 0, 1]])
@@ -146,6 +146,18 @@ def test_class_names_and_a_second_key(tmp_path):
         LoadBoxesd()(dict(item))
 
 
+def test_volumes_of_one_name_in_two_folders(tmp_path, monkeypatch):
+    rows = "".join(f"p{i}/case.nii.gz,{','.join(map(str, ROWS[i - 1]))}\n" for i in (1, 2))
+    (tmp_path / "b.csv").write_text(f"image,class,x_min,y_min,z_min,x_max,y_max,z_max\n{rows}")
+    for i in (1, 2):
+        (tmp_path / f"p{i}").mkdir()
+        item = {**save_case(tmp_path / f"p{i}", LPS), "boxes": tmp_path / "b.csv"}
+        assert Compose([*load(), LoadBoxesd()])(item)["boxes"].tolist() == [ROWS[i - 1]]
+    monkeypatch.chdir(tmp_path / "p1")  # the folder that the rows name is not in the item
+    item = {"image": "case.nii.gz", "label": "../p1/label.nii.gz", "boxes": "../b.csv"}
+    assert Compose([*load(), LoadBoxesd()])(item)["boxes"].tolist() == [ROWS[0]]
+
+
 def test_file_without_boxes(tmp_path):
     path = tmp_path / "none.csv"
     path.write_text("image,class,x_min,y_min,z_min,x_max,y_max,z_max\ncase.nii.gz,,,,,,,\n")
@@ -204,6 +216,15 @@ def test_faulty_rows_keep_their_words(tmp_path):
         Compose([*load(), LoadBoxesd()])(item)
     assert isinstance(caught.value.__cause__, BoxFileError)
     assert "b.json, boxes[0]: reaches 30 voxels beyond the end of axis 3" in str(caught.value.__cause__)
+
+
+def test_classes_that_the_network_does_not_have(tmp_path):
+    item = Compose(load())({**save_case(tmp_path, LPS), "boxes": box_file(tmp_path, "csv", LPS)})
+    assert len(LoadBoxesd(num_classes=4)(item)["boxes"]) == 3
+    (chained,) = boxes_from("files", num_classes=3)
+    for transform in (LoadBoxesd(num_classes=3), chained):
+        with pytest.raises(BoxFileError, match=r"^b\.csv, row 3 \(line 4\): class 3 is none of the 2 classes to box"):
+            transform(item)
 
 
 def test_cropped_before(tmp_path):

@@ -1,13 +1,22 @@
 """Fitted size bounds: known shapes, quantiles weighted by volume, refusals."""
 
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+import medconstraints.transforms
 from medconstraints.formulations import QuadraticPenalty
 from medconstraints.losses import BoxPriorLoss
-from medconstraints.transforms import fit_size_bounds, label_to_boxes
+from medconstraints.transforms import boxes_from, fit_size_bounds, label_to_boxes
+from medconstraints.transforms.size_bounds import main
 
 
 def cuboid(shape, *blocks):
@@ -73,14 +82,15 @@ def test_a_large_box_counts_more_than_small_ones():
     label = np.zeros((12, 40), dtype=np.uint8)
     label[:, :12] = staircase(40)
     label[2, 14:40:3] = 1
-    assert fit_size_bounds([label], num_classes=2, quantiles=(0.5, 0.5))[0][1] < 0.5
-    assert fit_size_bounds([label], num_classes=2, quantiles=(0.0, 1.0)) == [[0.4, 1.0]]
+    assert fit_size_bounds([label], num_classes=2, mode="component", quantiles=(0.5, 0.5))[0][1] < 0.5
+    assert fit_size_bounds([label], num_classes=2, mode="component", quantiles=(0.0, 1.0)) == [[0.4, 1.0]]
 
 
 def test_mode_decides_what_a_box_is():
     label = cuboid((20, 20), (1, 0, 0, 5, 5), (1, 15, 15, 20, 20))
-    assert fit_size_bounds([label], num_classes=2) == [[1.0, 1.0]]
+    assert fit_size_bounds([label], num_classes=2) == [[0.125, 0.125]]
     assert fit_size_bounds([label], num_classes=2, mode="class") == [[0.125, 0.125]]
+    assert fit_size_bounds([label], num_classes=2, mode="component") == [[1.0, 1.0]]
 
 
 def test_slack_widens_within_one():
@@ -130,3 +140,70 @@ def test_a_class_that_no_label_has():
 def test_quantiles_are_ordered(quantiles):
     with pytest.raises(ValueError, match="quantiles: expected 0 <= lower <= upper <= 1, got"):
         fit_size_bounds([staircase(50)], num_classes=2, quantiles=quantiles)
+
+
+def test_one_default_mode():
+    """What is fitted by default is what the bundle trains on by default."""
+    bundle = json.loads((Path(__file__).parents[2] / "bundles/box_prior/configs/train.json").read_text())
+    for function in (fit_size_bounds, boxes_from):
+        assert inspect.signature(function).parameters["mode"].default == bundle["box_mode"] == "class"
+
+
+# The command
+
+
+@pytest.fixture
+def datalist(tmp_path):
+    """Three entries, of which the last two have a label of two cubes."""
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    label = cuboid((12, 12, 6), (1, 1, 1, 1, 4, 4, 4), (1, 8, 8, 1, 11, 11, 4))
+    image = np.random.default_rng(0).random(label.shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
+    nib.save(nib.Nifti1Image(label, affine), tmp_path / "label.nii.gz")
+    pair = {"image": "image.nii.gz", "label": "label.nii.gz"}
+    boxed = {"image": "image.nii.gz", "boxes": "b.json"}
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"training": [boxed, pair, pair], "test": [boxed, "image.nii.gz"]}))
+    return path
+
+
+def command(datalist, *more):
+    return main(["--datalist", str(datalist), "--num-classes", "2", *more])
+
+
+def test_command_prints_the_bounds_of_the_labelled_entries(datalist, capsys):
+    assert command(datalist) == 0
+    assert json.loads(capsys.readouterr().out) == [[0.18, 0.18]]  # 54 voxels of 10 x 10 x 3
+    assert command(datalist, "--mode", "component", "--cases", "1") == 0
+    assert json.loads(capsys.readouterr().out) == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--section", "test"], r"no entry of section 'test' in .*datalist\.json has a label; give a section"),
+        (["--section", "validation"], "has no section 'validation'"),
+        (["--cases", "0"], "--cases: expected at least 1, got 0"),
+        (["--num-classes", "3"], "class 2 is in none of the 2 label maps"),
+        (["--datalist", "absent.json"], r"no file absent\.json"),
+    ],
+)
+def test_command_says_what_is_wrong(datalist, capsys, more, reason):
+    assert command(datalist, *more) == 2
+    assert re.search(reason, capsys.readouterr().err)
+
+
+def test_command_names_a_file_that_cannot_be_read(datalist, capsys):
+    (datalist.parent / "label.nii.gz").unlink()
+    assert command(datalist) == 2
+    assert capsys.readouterr().err.startswith("label.nii.gz: no such file")
+
+
+def test_runs_as_a_module_without_warnings(tmp_path):
+    """The package must not import the module before `python -m` runs it."""
+    line = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.transforms.size_bounds", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--quantiles" in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'fit_bounds'"):
+        _ = medconstraints.transforms.fit_bounds

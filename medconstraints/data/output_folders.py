@@ -1,0 +1,81 @@
+"""Folders that runs write to: nothing that is there already is lost, and what cannot be written is known at once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["NIFTI_ENDINGS", "check_output_dir", "check_run_dir", "mask_path"]
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+
+
+def mask_path(output_dir: str | Path, image: str | Path, *, postfix: str = "seg") -> Path:
+    """Where inference writes the mask of a volume: `<output_dir>/<name>_<postfix>.nii.gz`.
+
+    Args:
+        output_dir: folder of the masks.
+        image: file of the volume; its folder does not matter, and its ending .nii or .nii.gz is cut off.
+        postfix: see above.
+
+    Example:
+        >>> mask_path("masks", "scans/knee.nii").name
+        'knee_seg.nii.gz'
+    """
+    name = Path(image).name
+    stem = next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
+    return Path(output_dir) / f"{stem}_{postfix}.nii.gz"
+
+
+def check_output_dir(output_dir: str | Path, names: Sequence[str] | None = None, *, overwrite: bool = False) -> Path:
+    """Make the output folder, before any work, and refuse what could not be written or would be lost.
+
+    Args:
+        output_dir: the folder; it is made when missing.
+        names: files that will be written there; None stands for any file.
+        overwrite: accept files that exist already. They are not touched here: a run that fails before it has anything
+            to write must not have removed them.
+
+    Raises:
+        FileExistsError: one of the files exists already and `overwrite` is False; the message names the first.
+        PermissionError: the folder cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir: cannot write to {folder} ({error.strerror or error}); choose another folder."
+        ) from error
+    expected = sorted(path.name for path in folder.iterdir()) if names is None else names
+    present = [name for name in expected if (folder / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"output_dir: {len(present)} of {len(expected)} outputs exist already in {folder}, such as {present[0]}; "
+            "choose another folder, move them away, or set overwrite to true."
+        )
+    return folder
+
+
+def check_run_dir(output_dir: str | Path) -> Path:
+    """Make the folder of a training run; refuse one whose weights a new run would replace.
+
+    A folder with `last.pt` is a run that goes on, see `ResumeHandler`.
+
+    Args:
+        output_dir: the folder; it is made when missing.
+
+    Raises:
+        FileExistsError: there is a `model.pt` but no `last.pt`.
+        PermissionError: the folder cannot be made or written to.
+    """
+    folder = check_output_dir(output_dir, [])
+    if (folder / "model.pt").exists() and not (folder / "last.pt").exists():
+        raise FileExistsError(
+            f"output_dir: {folder} has a model.pt but no last.pt to go on from, and training would replace it; choose "
+            "another output_dir, or move model.pt away."
+        )
+    return folder

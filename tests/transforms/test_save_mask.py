@@ -1,0 +1,179 @@
+"""Saved masks: the grid of their file whatever its header says, and no half-written file."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+
+from medconstraints.data import make_phantom
+from medconstraints.transforms import SaveMaskd, inference_postprocessing, read_volumes, save_mask
+
+SHAPE = (6, 7, 5)
+GEOMETRY = ("qform_code", "sform_code", "xyzt_units", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x")
+
+
+def oblique(degrees=20.0):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    affine = np.diag([1.5, 2.0, 3.0, 1.0])
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ affine[:3, :3]
+    affine[:3, 3] = [-10, 4, 7.5]
+    return affine
+
+
+def write(path, *, codes=(1, 1), shape=SHAPE, affine=None, units=("mm", "sec"), kind=nib.Nifti1Image, dtype=np.int16):
+    """A NIfTI file; codes are those of qform and sform."""
+    image = kind(np.arange(np.prod(shape)).reshape(shape).astype(dtype), None)
+    affine = oblique() if affine is None else affine
+    image.header.set_qform(affine, codes[0])
+    image.header.set_sform(affine, codes[1])
+    image.header.set_xyzt_units(*units)
+    image.header.set_slope_inter(0.5, 3)
+    image.header["cal_max"] = 900
+    image.header["descrip"] = b"patient 17"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient 17"))
+    nib.save(image, path)
+    return path
+
+
+def mask_of(shape=SHAPE):
+    return np.arange(np.prod(shape[:3])).reshape(shape[:3]) % 3
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("codes", [(1, 1), (2, 0), (0, 2), (1, 4), (0, 0), (3, 2)])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_geometry_is_that_of_the_file(tmp_path, kind, codes, ending):
+    source = nib.load(write(tmp_path / f"in{ending}", codes=codes, kind=kind))
+    saved = nib.load(save_mask(mask_of(), tmp_path / f"in{ending}", tmp_path / "mask.nii.gz"))
+    assert type(saved) is kind
+    assert np.array_equal(saved.affine, source.affine)
+    for field in GEOMETRY:
+        assert np.array_equal(saved.header[field], source.header[field]), field
+    assert saved.header.get_xyzt_units() == ("mm", "sec")
+    assert saved.get_data_dtype() == np.uint8
+    assert np.array_equal(np.asarray(saved.dataobj), mask_of())  # no slope of the image
+    assert saved.dataobj.slope == 1 and saved.dataobj.inter == 0
+    assert saved.header["cal_max"] == 0
+    assert not saved.header.extensions and saved.header["descrip"] == b""
+
+
+def test_forms_that_disagree_both_stay(tmp_path):
+    image = nib.load(write(tmp_path / "in.nii"))
+    image.header.set_sform(oblique(50.0), 2)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), oblique(50.0), image.header), tmp_path / "two.nii")
+    source = nib.load(tmp_path / "two.nii")
+    assert not np.allclose(source.get_qform(), source.get_sform())
+    saved = nib.load(save_mask(mask_of(), tmp_path / "two.nii", tmp_path / "mask.nii"))
+    assert np.array_equal(saved.get_qform(coded=True)[0], source.get_qform(coded=True)[0])
+    assert np.array_equal(saved.get_sform(coded=True)[0], source.get_sform(coded=True)[0])
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 5), (6, 7, 5, 1), (6, 7, 5, 1, 1), (6, 7, 1)])
+def test_axes_of_length_one(tmp_path, shape):
+    write(tmp_path / "in.nii.gz", shape=shape)
+    saved = nib.load(save_mask(mask_of(shape), tmp_path / "in.nii.gz", tmp_path / "mask.nii.gz"))
+    assert saved.shape == shape
+    assert np.array_equal(np.asarray(saved.dataobj).reshape(shape[:3]), mask_of(shape))
+
+
+def test_big_endian(tmp_path):
+    header = nib.Nifti1Header(endianness=">")
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), oblique(), header), tmp_path / "in.nii")
+    source = nib.load(tmp_path / "in.nii")
+    saved = nib.load(save_mask(mask_of(), tmp_path / "in.nii", tmp_path / "mask.nii"))
+    assert np.array_equal(saved.affine, source.affine)
+
+
+@pytest.mark.parametrize(
+    ("mask", "name", "message"),
+    [
+        (np.zeros((7, 6, 5)), "in.nii.gz", r"mask: expected the shape \(6, 7, 5\) of in\.nii\.gz, got \(7, 6, 5\)"),
+        (np.full(SHAPE, 300), "in.nii.gz", r"mask: expected class numbers 0 to 255, got 300 to 300"),
+        (np.full(SHAPE, 0.5), "in.nii.gz", r"mask: expected class numbers"),
+        (np.zeros(SHAPE), "in.mha", r"image: expected a \.nii or \.nii\.gz file, .* got in\.mha"),
+        (np.zeros(SHAPE), "series.nii", r"mask: expected the shape \(6, 7, 5, 2\) of series\.nii, got \(6, 7, 5\)"),
+    ],
+)
+def test_masks_that_do_not_fit(tmp_path, mask, name, message):
+    write(tmp_path / "in.nii.gz")
+    write(tmp_path / "series.nii", shape=(*SHAPE, 2))
+    with pytest.raises(ValueError, match=message):
+        save_mask(mask, tmp_path / name, tmp_path / "mask.nii.gz")
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
+def test_a_write_that_fails_leaves_the_former_mask(tmp_path, monkeypatch):
+    write(tmp_path / "in.nii.gz")
+    (tmp_path / "mask.nii.gz").write_bytes(b"former")
+
+    def full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medconstraints.transforms.save_mask.nib.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_mask(mask_of(), tmp_path / "in.nii.gz", tmp_path / "mask.nii.gz")
+    monkeypatch.undo()
+    assert (tmp_path / "mask.nii.gz").read_bytes() == b"former"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.nii.gz", "mask.nii.gz"}
+    save_mask(mask_of(), tmp_path / "in.nii.gz", tmp_path / "mask.nii.gz")
+    assert nib.load(tmp_path / "mask.nii.gz").shape == SHAPE
+
+
+# The transform
+
+
+def test_transform_names_the_file(tmp_path):
+    path = write(tmp_path / "a.b.nii")
+    item = {"pred": MetaTensor(torch.as_tensor(mask_of())[None].float(), meta={"filename_or_obj": str(path)}), "x": 1}
+    out = SaveMaskd("pred", output_dir=tmp_path / "made" / "masks", postfix="organ")(item)
+    assert out == item
+    saved = nib.load(tmp_path / "made" / "masks" / "a.b_organ.nii.gz")
+    assert np.array_equal(np.asarray(saved.dataobj), mask_of())
+
+
+@pytest.mark.parametrize(
+    ("pred", "message"),
+    [
+        (torch.zeros(1, *SHAPE), "pred: no filename_or_obj in its meta data; load the image with LoadVolumed"),
+        (
+            MetaTensor(torch.zeros(2, *SHAPE), meta={"filename_or_obj": "a.nii"}),
+            r"pred: expected one channel \(1, X, Y, Z\) with class numbers, got \(2, 6, 7, 5\)",
+        ),
+    ],
+)
+def test_transform_refuses(tmp_path, pred, message):
+    with pytest.raises(ValueError, match=message):
+        SaveMaskd(output_dir=tmp_path)({"pred": pred})
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PSR"])
+@pytest.mark.parametrize("codes", [(1, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("trailing", [False, True])
+@pytest.mark.parametrize("spacing_mm", [(-1, -1, -1), (1.0, 1.0, 1.0)])
+def test_there_and_back(tmp_path, axcodes, codes, trailing, spacing_mm):
+    """Logits made of the preprocessed image come back as a mask of the stored voxels."""
+    volume, _, affine = make_phantom(5, shape=(16, 20, 12), orientation=axcodes)
+    volume = volume[..., None] if trailing else volume
+    path = tmp_path / "in.nii.gz"
+    image = nib.Nifti1Image(volume, affine)
+    image.set_qform(affine, codes[0])
+    image.set_sform(affine, codes[1])
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    chain = Compose(read_volumes(num_classes=2, label_key=None, spacing_mm=spacing_mm))
+    item = chain({"image": str(path)})
+    bright = item["image"] - 0.5
+    item["pred"] = torch.cat([-bright, bright])
+    Compose(inference_postprocessing(chain, output_dir=str(tmp_path / "masks")))(item)
+    source, saved = nib.load(path), nib.load(tmp_path / "masks" / "in_seg.nii.gz")
+    assert saved.shape == source.shape == volume.shape
+    assert np.array_equal(saved.affine, source.affine)
+    assert (int(saved.header["qform_code"]), int(saved.header["sform_code"])) == codes
+    assert saved.header.get_xyzt_units()[0] == "mm"
+    values = np.asarray(source.dataobj, np.float64)
+    expected = values > values.mean() + 0.5 * values.std()
+    wrong = (np.asarray(saved.dataobj) != expected).mean()
+    assert wrong == 0 if spacing_mm[0] < 0 else wrong < 0.05
