@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
 # glibc gives large blocks back to the system when they are freed, or not, from one run to the next; taking them back
 # costs more than the arithmetic of a loss. Here it keeps them.
 _ALLOCATOR = {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from nibabel import orientations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -283,6 +284,85 @@ def test_some_training_volumes_without_boxes(bundle, run_bundle, own_cohort, tmp
     assert np.isfinite(scalars(tmp_path / "run")["train_loss"]).all()
 
 
+@pytest.mark.parametrize("validation", ["no section", "no volume", "no labels"])
+def test_only_images_and_box_files(bundle, run_bundle, infer, own_cohort, volumes, tmp_path, caplog, validation):
+    """Not one voxel label anywhere: nothing is validated, the latest weights are kept, and they can be used."""
+    folder = own_cohort()
+    own_cohort(with_box_files(folder, 2))
+
+    def spoil(datalist):
+        if validation == "no labels":
+            for entry in datalist["validation"]:
+                del entry["label"]
+        elif validation == "no volume":
+            datalist["validation"] = []
+        else:
+            del datalist["validation"]
+        del datalist["test"]
+
+    own_cohort(spoil)
+    shutil.rmtree(folder / "labelsTr")
+    output = tmp_path / "run"
+    workflow = run_bundle(bundle, dataset_dir=folder, output_dir=output, box_source="files", **TRAIN)
+    assert workflow.check_properties() == []
+    assert "nothing is validated, model.pt gets the weights of the latest epoch" in caplog.text
+    assert ("2 of 2 entries of 'validation' have no label" in caplog.text) == (validation == "no labels")
+    assert same_weights(weights_of(output, "model.pt"), weights_of(output))
+    assert "val_mean_dice" not in scalars(output)
+    again = TRAIN | {"epochs": 3}
+    assert (
+        run_bundle(bundle, dataset_dir=folder, output_dir=output, box_source="files", **again).trainer.state.epoch == 3
+    )
+    assert same_weights(weights_of(output, "model.pt"), weights_of(output))
+    assert nib.load(infer(volumes, ckpt_path=output / "model.pt") / "LPS_seg.nii.gz").shape == SHAPE
+
+
+def test_weights_of_others_are_not_replaced(bundle, run_bundle, cohort, trained, tmp_path):
+    shutil.copy(trained / "model.pt", tmp_path / "model.pt")
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        run_bundle(bundle, dataset_dir=cohort.parent, output_dir=tmp_path, **TRAIN)
+    assert "has a model.pt but no last.pt to go on from" in chain(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt"}
+
+
+def test_a_run_of_other_settings_is_not_taken_over(bundle, run_bundle, own_cohort, trained, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    before = (output / "last.pt").read_bytes()
+    folder = own_cohort()
+    for change, expected in (
+        ({"seed": 4, "size_bounds": [0.3, 0.9]}, "seed was 3, is 4; size_bounds was [0.4, 0.9], is [0.3, 0.9]"),
+        ({"slice_axis": None}, "slice_axis was 2, is None"),
+    ):
+        with pytest.raises(RuntimeError, match="Failed to") as caught:
+            run_bundle(bundle, dataset_dir=folder, output_dir=output, **TRAIN | {"epochs": 3} | change)
+        assert f"last.pt: belongs to a run with other settings: {expected}" in chain(caught.value)
+    assert (output / "last.pt").read_bytes() == before
+    # The same cohort in another place, longer, validated more rarely, and not cached, is the same run.
+    may_differ = {"epochs": 3, "val_interval": 2, "num_workers": 1, "cache_rate": 0.5}
+    assert run_bundle(bundle, dataset_dir=folder, output_dir=output, **TRAIN | may_differ).trainer.state.epoch == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(bundle, run_bundle, cohort, tmp_path):
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        run_bundle(bundle, dataset_dir=cohort.parent, output_dir=tmp_path, **TRAIN | {"learning_rate": 1e30})
+    assert re.search(r"loss: NaN or infinite in epoch \d, in its terms .*box_prior", chain(caught.value))
+
+
+def test_each_process_gets_the_device_of_its_local_rank(bundle, monkeypatch):
+    """Not of its rank: the second machine's first process has rank 2 or 8, and its own first device."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    parser = ConfigParser()
+    parser.read_config([str(bundle / "configs" / f"{name}.json") for name in ("train", "multi_gpu_train")])
+    assert parser.get_parsed_content("device") == torch.device("cuda:1")
+    parser.get_parsed_content("initialize#0")
+    assert chosen == [torch.device("cuda:1")]
+
+
 # Evaluation
 
 
@@ -304,6 +384,19 @@ def test_evaluation_writes_metrics(bundle, run_bundle, cohort, trained, tmp_path
     assert [Path(row[0]).name for row in rows] == ["phantom_006.nii.gz", "phantom_007.nii.gz"]
     assert all(0 <= float(value) <= 1 for row in rows for value in row[1:])
     assert not (tmp_path / "evaluation" / "last.pt").exists()
+
+
+def test_metrics_are_not_replaced_unasked(bundle, run_bundle, cohort, trained, tmp_path):
+    options = {key: value for key, value in TRAIN.items() if key not in ("epochs", "val_interval")}
+    options |= {"dataset_dir": cohort.parent, "output_dir": tmp_path, "ckpt_path": trained / "model.pt"}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics.csv").write_text("work")
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        run_bundle(bundle, ["train", "evaluate"], **options)
+    assert "1 of 1 outputs exist already" in chain(caught.value)
+    assert (tmp_path / "metrics" / "metrics.csv").read_text() == "work"
+    run_bundle(bundle, ["train", "evaluate"], overwrite=True, **options)
+    assert "val_mean_dice" in (tmp_path / "metrics" / "metrics.csv").read_text()
 
 
 # Inference
@@ -427,6 +520,52 @@ def test_existing_masks_are_refused_before_anything_is_written(infer, volumes, t
     infer(volumes, overwrite=True)
     assert len(list(masks.glob("*_seg.nii.gz"))) == 3
     assert nib.load(masks / "PSR_seg.nii.gz").shape
+
+
+def test_wrong_weights_leave_the_old_masks(infer, volumes, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    old = {name: b"old" for name in ("PSR_seg.nii.gz", "LPS_seg.nii.gz", "inference.json")}
+    for name, content in old.items():
+        (masks / name).write_bytes(content)
+    with pytest.raises(RuntimeError, match="evaluator"):
+        infer(volumes, overwrite=True, ckpt_path=tmp_path / "missing.pt")
+    assert {path.name: path.read_bytes() for path in masks.iterdir()} == old
+
+
+def test_a_failing_volume_keeps_no_mask_that_looks_new(infer, volumes, tmp_path):
+    folder, masks = tmp_path / "in", tmp_path / "masks"
+    shutil.copytree(volumes, folder)
+    (folder / "RAS.nii.gz").write_bytes(b"")
+    masks.mkdir()
+    for name in ("RAS_seg.nii.gz", "LPS_seg.nii.gz"):
+        (masks / name).write_bytes(b"old")
+    infer(folder, overwrite=True)
+    names = {"inference.json", "LPS_seg.nii.gz", "PSR_seg.nii.gz", "RAS_seg.nii.gz.old"}
+    assert {path.name for path in masks.iterdir()} == names
+    assert nib.load(masks / "LPS_seg.nii.gz").shape == SHAPE
+
+
+def test_masks_do_not_go_among_the_volumes(infer, volumes):
+    before = sorted(volumes.iterdir())
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        infer(volumes, output_dir=volumes, overwrite=True)
+    assert "is the folder of the volumes" in chain(caught.value)
+    assert sorted(volumes.iterdir()) == before
+
+
+def test_a_fourth_axis_of_length_one_and_header_codes(infer, volumes, tmp_path):
+    image = nib.load(volumes / "PSR.nii.gz")
+    stored = nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine)
+    stored.set_qform(image.affine, 2)
+    stored.set_sform(image.affine, 0)
+    stored.header.set_xyzt_units("mm")
+    nib.save(stored, tmp_path / "one.nii.gz")
+    mask = nib.load(infer(tmp_path / "one.nii.gz") / "one_seg.nii.gz")
+    assert mask.shape == stored.shape
+    assert (int(mask.header["qform_code"]), int(mask.header["sform_code"])) == (2, 0)
+    assert mask.header.get_xyzt_units()[0] == "mm"
+    assert np.array_equal(mask.affine, nib.load(tmp_path / "one.nii.gz").affine)
 
 
 @pytest.mark.parametrize(

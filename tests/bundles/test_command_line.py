@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -88,6 +91,32 @@ def test_two_processes_train_one_network(command, environment, tmp_path):
     log = train(2)
     assert log.count("resumed after epoch 1 from last.pt") == 2
     assert load(output / "last.pt")["trainer"] == {"epoch": 2, "iteration": 2}
+
+
+def test_two_processes_where_one_has_no_boxes_and_nothing_is_validated(command, environment, cohort, tmp_path):
+    """Neither waits for the other: one process never sees a box, and there is no validation volume to share."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(cohort.parent, folder)
+    datalist = json.loads((folder / "datalist.json").read_text())
+    del datalist["validation"]
+    (folder / "datalist.json").write_text(json.dumps(datalist))
+    for entry in datalist["training"][1:]:
+        label = nib.load(folder / entry["label"])
+        empty = np.zeros(label.shape, np.uint8)
+        nib.save(nib.Nifti1Image(empty, label.affine), folder / entry["label"])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"dataset_dir": folder, "output_dir": tmp_path / "run", "epochs": 2}
+    log = run([*torchrun, *command("train", "multi_gpu_train", **options)], environment)
+    assert "nothing is validated" in log
+    assert load(tmp_path / "run" / "last.pt")["trainer"]["epoch"] == 2
+    assert (tmp_path / "run" / "model.pt").exists()
+    nothing = nib.load(folder / datalist["training"][0]["label"])
+    nib.save(nib.Nifti1Image(np.zeros(nothing.shape, np.uint8), nothing.affine), nothing.get_filename())
+    options["output_dir"] = tmp_path / "second"
+    arguments = [sys.executable, *torchrun, *command("train", "multi_gpu_train", **options)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "boxes: not one box in a whole epoch" in done.stderr
 
 
 def test_a_killed_run_resumes_exactly(command, environment, tmp_path):

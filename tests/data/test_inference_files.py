@@ -1,4 +1,4 @@
-"""Which volumes an inference run reads, and where runs write; that nothing is lost, and nothing changed when it cannot run."""
+"""Which volumes an inference run reads and where runs write: nothing is lost, nor changed when a run cannot start."""
 
 import json
 import os

@@ -216,7 +216,7 @@ def test_masks_stay_without_an_output_folder_or_with_another_postfix(make_evalua
 
 
 def test_the_report_of_a_former_run_goes_with_the_start(make_evaluator, tmp_path):
-    """A run that is killed leaves no report; one that fails before its start, with wrong weights, leaves the old one."""
+    """A run that is killed leaves no report; one that has wrong weights leaves the old one."""
     report = tmp_path / "report.json"
 
     class Killed(nn.Module):
