@@ -36,7 +36,7 @@ def _bundle_command(bundle: Path, config: str, overrides: dict[str, object]) -> 
 
 
 def run_demo(
-    output: Path, *, bundle: Path, num_training: int = 24, num_test: int = 4, epochs: int = 30, seed: int = 0
+    output: Path, *, bundle: Path, num_training: int = 40, num_test: int = 4, epochs: int = 45, seed: int = 0
 ) -> Path:
     """Make the cohort, train, segment, report; returns the HTML page.
 
@@ -122,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m medconstraints.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder to make")
     parser.add_argument("--bundle", type=Path, default=Path("bundles/box_prior"), help="folder of the bundle")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--num-training", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=45)
+    parser.add_argument("--num-training", type=int, default=40)
     parser.add_argument("--num-test", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
