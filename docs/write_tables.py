@@ -83,11 +83,34 @@ def benchmarks() -> str:
     lines += [f"One epoch of the bundle ({row['case']}): {row['ratio']:.3f}x (goal 1.03x)." for row in epoch["rows"]]
     for result in (loss, epoch):
         where = result["environment"]
+        lines.append("")
         lines.append(
             f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
             f"{where['device']} ({where['processor']})."
         )
     return "\n".join(lines)
+
+
+def evaluation_metrics() -> dict[str, float]:
+    """Scores of the shipped weights on the test list, for the bundle's metadata."""
+    summary = load(RUNS["A box per slice (shipped weights)"])["summary"]
+    return {
+        f"{name}_{metric}": round(summary[name][f"{metric}_mean"], 3)
+        for name in summary
+        for metric in ("dice", "hd95_mm")
+    }
+
+
+def update_metadata(*, check: bool) -> bool:
+    """Write the scores into the bundle's metadata.json; whether it changes."""
+    path = ROOT / "bundles" / "box_prior" / "configs" / "metadata.json"
+    before = path.read_text(encoding="utf-8")
+    content = json.loads(before)
+    content["eval_metrics"] = evaluation_metrics()
+    after = json.dumps(content, indent=4) + "\n"
+    if before != after and not check:
+        path.write_text(after, encoding="utf-8")
+    return before != after
 
 
 def main() -> int:
@@ -105,6 +128,8 @@ def main() -> int:
         (ROOT / "docs" / "benchmarks.md", "box_prior", benchmarks()),
     ]
     changed = [name for path, name, text in tables if update_markdown(path, name, text, check=args.check)]
+    if update_metadata(check=args.check):
+        changed.append("metadata")
     sys.stdout.write(f"{'stale' if args.check else 'written'}: {', '.join(changed) or 'nothing'}\n")
     return int(args.check and bool(changed))
 
