@@ -113,19 +113,9 @@ def plan_boxes(
     cls, start, stop = kept[:, 0], kept[:, 1 : 1 + dims], kept[:, 1 + dims :]
     size = np.array(spatial)
     found = sample, row, kept
-    _refuse(
-        (cls < 1) | (cls > num_classes),
-        found,
-        f"has a class outside 1..{num_classes}; class 0 is the background and -1 marks padding. Check the class "
-        "numbers or the network's channels",
-    )
-    _refuse(np.any(stop <= start, axis=1), found, "is empty or inverted; each stop must be above its start")
-    _refuse(
-        np.any((stop <= 0) | (start >= size), axis=1),
-        found,
-        f"lies outside the image of shape {spatial}; are its coordinates those of this grid, in voxels? BoxesToGridd "
-        "maps boxes to an augmented image",
-    )
+    fine = (cls >= 1) & (cls <= num_classes) & ((stop > start) & (stop > 0) & (start < size)).all(1)
+    if not fine.all():
+        _explain(found, num_classes, spatial)
     cut, thick = (start < 0) | (stop > size), stop - start > 1
     start, stop = np.maximum(start, 0), np.minimum(stop, size)
 
@@ -146,14 +136,16 @@ def plan_boxes(
     group = (image * num_classes + cls - 1)[order]
     start, stop, cut, thick = start[order], stop[order], cut[order], thick[order]
     num_groups = num_images * num_classes
-    extra = _union_corrections(group, start, stop, num_groups)
+    rank = np.arange(len(group)) - np.searchsorted(group, group)
+    extra = _union_corrections(group, rank, start, stop, num_groups)
     signed = extra is not None
     corrections = extra if extra is not None else (group[:0], start[:0], stop[:0], np.zeros(0))
-    # Slots: boxes first, in their order, so that a box keeps its rank when corrections follow.
-    all_groups = np.concatenate([group, corrections[0]])
-    ranked = np.argsort(all_groups, kind="stable")
-    slot = np.empty(len(all_groups), dtype=np.int64)
-    slot[ranked] = 1 + np.arange(len(all_groups)) - np.searchsorted(all_groups[ranked], all_groups[ranked])
+    all_groups, slot = np.concatenate([group, corrections[0]]), 1 + rank
+    if len(all_groups) > len(group):
+        # Slots: boxes first, in their order, so that a box keeps its rank when corrections follow.
+        ranked = np.argsort(all_groups, kind="stable")
+        slot = np.empty(len(all_groups), dtype=np.int64)
+        slot[ranked] = 1 + np.arange(len(all_groups)) - np.searchsorted(all_groups[ranked], all_groups[ranked])
     num_slots = 1 + int(slot.max(initial=0))
     starts = np.zeros((num_groups, num_slots, len(axes)), dtype=np.int64)
     stops, signs = np.zeros_like(starts), np.zeros((num_groups, num_slots))
@@ -216,6 +208,25 @@ def _checked_rows(boxes: Tensor, batch: int, dims: int) -> np.ndarray:
     return np.asarray(np.from_dlpack(boxes if boxes.device.type == "cpu" else boxes.cpu()), dtype=np.int64)
 
 
+def _explain(found: tuple[np.ndarray, np.ndarray, np.ndarray], num_classes: int, spatial: tuple[int, ...]) -> None:
+    """Raise for the first fault of boxes that were found to be faulty."""
+    kept, dims = found[2], len(spatial)
+    cls, start, stop = kept[:, 0], kept[:, 1 : 1 + dims], kept[:, 1 + dims :]
+    _refuse(
+        (cls < 1) | (cls > num_classes),
+        found,
+        f"has a class outside 1..{num_classes}; class 0 is the background and -1 marks padding. Check the class "
+        "numbers or the network's channels",
+    )
+    _refuse(np.any(stop <= start, axis=1), found, "is empty or inverted; each stop must be above its start")
+    _refuse(
+        np.any((stop <= 0) | (start >= np.array(spatial)), axis=1),
+        found,
+        f"lies outside the image of shape {spatial}; are its coordinates those of this grid, in voxels? BoxesToGridd "
+        "maps boxes to an augmented image",
+    )
+
+
 def _refuse(bad: Any, found: tuple[np.ndarray, np.ndarray, np.ndarray], why: str) -> None:
     """Raise for the first bad row; `found` holds the sample, the position and the numbers of every row."""
     if bad.any():
@@ -261,14 +272,13 @@ def _union_volume(starts: np.ndarray, stops: np.ndarray, size: np.ndarray) -> np
 
 
 def _union_corrections(
-    group: np.ndarray, start: np.ndarray, stop: np.ndarray, num_groups: int
+    group: np.ndarray, rank: np.ndarray, start: np.ndarray, stop: np.ndarray, num_groups: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Signed boxes that, added to the boxes of a group, make their sum the union (inclusion and exclusion).
 
     Level k holds the non-empty intersections of k boxes of one group, with sign (-1)^(k + 1). Returns group, start,
     stop and sign of each; None when so many boxes lie on top of each other that a mask is cheaper.
     """
-    rank = np.arange(len(group)) - np.searchsorted(group, group)
     members = int(rank.max(initial=-1)) + 1
     if members < 2:
         return group[:0], start[:0], stop[:0], np.zeros(0)
