@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH_KEYS", "read_datalist", "read_labelled"]
+__all__ = ["PATH_KEYS", "load_datalist", "read_datalist", "read_labelled"]
 
 logger = logging.getLogger(__name__)
 
 # MONAI's load_decathlon_datalist completes "image" and "label" only.
 PATH_KEYS = ("image", "label", "boxes", "scribble")
+
+
+def load_datalist(path: str | PathLike[str]) -> dict[str, Any]:
+    """The whole datalist: sections, class names, licence.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON, or no object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"datalist: no file {file}; set --datalist, or --dataset_dir to the folder that has it."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"datalist: {file.name} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"datalist: {file.name} holds a {type(content).__name__}; expected an object with sections.")
+    return content
 
 
 def read_datalist(path: str | Path, section: str, *, required: bool = True) -> list[dict[str, Any]]:
@@ -30,18 +52,8 @@ def read_datalist(path: str | Path, section: str, *, required: bool = True) -> l
         FileNotFoundError: no such datalist.
         ValueError: it is not JSON, or has no such section, or the section is empty or has an entry without image.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"datalist: no file {file}; set --datalist, or --dataset_dir to the folder that has it."
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"datalist: {file.name} is not valid JSON ({error}).") from error
-    sections = (
-        sorted(key for key, value in content.items() if isinstance(value, list)) if isinstance(content, dict) else []
-    )
+    file, content = Path(path), load_datalist(path)
+    sections = sorted(key for key, value in content.items() if isinstance(value, list))
     if section not in sections and not required:
         return []
     if section not in sections:

@@ -1,11 +1,12 @@
 """Find the images, references and saved predictions that a data list names."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from medconstraints.data.datalist_sections import load_datalist
 
 __all__ = ["Entry", "find_predictions", "read_class_names", "read_section"]
 
@@ -20,18 +21,6 @@ class Entry:
     listed: str
     image: Path
     label: Path
-
-
-def _read(datalist: Path) -> dict:
-    if not datalist.is_file():
-        raise FileNotFoundError(f"datalist: no file {datalist}.")
-    try:
-        content = json.loads(datalist.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"datalist: {datalist} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"datalist: {datalist} holds a {type(content).__name__}; expected an object with sections.")
-    return content
 
 
 def _stem(path: str) -> str:
@@ -52,7 +41,7 @@ def read_section(
         ValueError: for an unknown or empty section, an entry without image or label, or two images of one name.
     """
     path = Path(datalist)
-    content = _read(path)
+    content = load_datalist(path)
     items = content.get(section)
     if not isinstance(items, list) or not items:
         lists = [key for key, value in content.items() if isinstance(value, list) and value]
@@ -80,7 +69,7 @@ def read_section(
 
 def read_class_names(datalist: str | os.PathLike[str]) -> dict[int, str]:
     """Class names from the list's `labels` object (`{"1": "anterior"}`), without background; empty when it has none."""
-    labels = _read(Path(datalist)).get("labels")
+    labels = load_datalist(datalist).get("labels")
     if not isinstance(labels, dict):
         return {}
     return {int(key): str(name) for key, name in labels.items() if str(key).isdecimal() and int(key) > 0}

@@ -96,7 +96,7 @@ def test_no_volumes(folder, tmp_path, source, message):
     [
         ({"training": [], "n": 3}, r"datalist: datalist\.json has no section 'test', it has \['training'\]"),
         ({"test": {"image": "a.nii"}}, r"datalist: datalist\.json has no section 'test', it has \[\]"),
-        ([{"image": "a.nii"}], r"datalist: datalist\.json has no section 'test', it has \[\]"),
+        ([{"image": "a.nii"}], r"datalist: datalist\.json holds a list; expected an object with sections"),
         ({"test": []}, r"datalist: section 'test' of datalist\.json is empty"),
         ('{"test": [', r"datalist: datalist\.json is not valid JSON"),
         (
