@@ -68,7 +68,7 @@ class LogBarrierExtension(nn.Module):
         """Residual in at least float32, t in its type, and -1 / t^2, which must not be rounded to 0."""
         if residual.dtype in (torch.float16, torch.bfloat16):
             residual = residual.float()
-        t = self.t.to(dtype=residual.dtype)
+        t = self.t.to(residual)  # type and device
         return residual, t, -t.reciprocal().square().clamp(min=torch.finfo(residual.dtype).tiny)
 
     def step(self) -> None:
