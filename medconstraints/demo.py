@@ -63,9 +63,7 @@ def run_demo(
     started = time.perf_counter()
     say = sys.stdout.write
     datalist = make_cohort(output / "cohort", num_training=num_training, num_test=num_test, seed=seed)
-    say(
-        f"Made {num_training} volumes to train on and {num_test} to test on, and a few to validate, in {datalist.parent}\n"
-    )
+    say(f"Made {num_training} volumes to train on, {num_test} to test on and a few to validate, in {datalist.parent}\n")
     shared: dict[str, object] = {"num_classes": 2, "patch_size": [48, 48, 32], "spacing_mm": [-1, -1, -1]}
     train = {
         **shared,
