@@ -36,7 +36,7 @@ class LoadVolumed(MapTransform):
     Replaces a path, or a list of paths that become channels, by a MetaTensor: (C, *S), or as stored with
     `ensure_channel_first=False`. NIfTI files are checked for completeness before they are read, whichever reader reads
     them: ITK fills a truncated file up without a word, and nibabel does not notice damaged bytes in the middle of a
-    .nii.gz file. That check decompresses the file once more and makes loading about half as long again.
+    .nii.gz file. That check decompresses the file once more.
 
     Args:
         keys: keys of the paths.

@@ -127,7 +127,7 @@ def box_sums(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor]:
         `(segments, slots)` in voxels, float64: (S,) the mass of each band, left side of eq. 6.2 of Kervadec 2020, and
         (I, K, M) the mass of each slot: slot 0 the whole image, then the boxes. Exact to float64 rounding; gradients
         are computed in float32 (float64 for float64 input), second derivatives and `torch.func` work. Time and memory
-        grow with the largest number of boxes that one image and class has, from about 20 on.
+        grow with the largest number of boxes that one image and class has (docs/benchmarks.md).
 
     Raises:
         ValueError: the probabilities do not have the shape that was planned.
