@@ -40,12 +40,23 @@ def data_root() -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def box_prior_reference() -> ModuleType:
-    """The slow reference of the box prior, tests/reference/box_prior_reference.py."""
-    path = Path(__file__).parent / "reference" / "box_prior_reference.py"
+def _load_reference(name: str) -> ModuleType:
+    """One of the slow references, tests/reference/<name>.py; the tests are no package, so it is loaded by its path."""
+    path = Path(__file__).parent / "reference" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def box_prior_reference() -> ModuleType:
+    """The slow reference of the box prior, tests/reference/box_prior_reference.py."""
+    return _load_reference("box_prior_reference")
+
+
+@pytest.fixture(scope="session")
+def constraint_reference() -> ModuleType:
+    """The slow reference of the global constraints, tests/reference/constraint_reference.py."""
+    return _load_reference("constraint_reference")

@@ -3,40 +3,81 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from medconstraints.transforms.bounds import (
+    ItemToBoundsd,
+    LabelToBoundsd,
+    label_to_centroid_bounds,
+    label_to_size_bounds,
+)
 from medconstraints.transforms.box_grid import BoxesToGridd, map_boxes
 from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
-from medconstraints.transforms.chains import boxes_from, inference_postprocessing, read_volumes
+from medconstraints.transforms.chains import (
+    bounds_from,
+    boxes_from,
+    inference_postprocessing,
+    read_volumes,
+    weak_labels_from,
+)
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
+from medconstraints.transforms.weak_labels import (
+    ErodeLabeld,
+    RandomPointLabeld,
+    ScribbleToWeakLabeld,
+    erode_label,
+    random_point_label,
+)
 
 if TYPE_CHECKING:
+    from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
     from medconstraints.transforms.size_bounds import fit_size_bounds
 
 __all__ = [
     "BoxesToGridd",
     "CheckVolumesd",
+    "ErodeLabeld",
+    "ItemToBoundsd",
+    "LabelToBoundsd",
     "LabelToBoxesd",
     "LoadBoxesd",
     "LoadVolumed",
     "RandCropToBoxd",
+    "RandomPointLabeld",
     "SaveMaskd",
+    "ScribbleToWeakLabeld",
     "VolumeError",
+    "bounds_from",
     "boxes_from",
+    "erode_label",
+    "fit_common_bounds",
     "fit_size_bounds",
     "inference_postprocessing",
     "label_to_boxes",
+    "label_to_centroid_bounds",
+    "label_to_size_bounds",
+    "load_common_bounds",
     "map_boxes",
     "pad_boxes_collate",
+    "random_point_label",
     "read_volumes",
+    "save_common_bounds",
     "save_mask",
+    "weak_labels_from",
 ]
+
+_COMMAND_LINES = {
+    "fit_common_bounds": "common_bounds",
+    "fit_size_bounds": "size_bounds",
+    "load_common_bounds": "common_bounds",
+    "save_common_bounds": "common_bounds",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Not imported above: `python -m medconstraints.transforms.size_bounds` would warn that the module is there already.
-    if name == "fit_size_bounds":
-        return import_module(f"{__name__}.size_bounds").fit_size_bounds
+    if name in _COMMAND_LINES:
+        return getattr(import_module(f"{__name__}.{_COMMAND_LINES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ from medconstraints.engines.checkpoints import (
     SaveBestHandler,
     SaveLatestHandler,
 )
+from medconstraints.engines.constraints import ConstraintMetricsHandler, DualPassHandler
 from medconstraints.engines.handler_lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.monitoring import (
@@ -18,6 +19,8 @@ from medconstraints.engines.monitoring import (
 from medconstraints.engines.prepare_batch import PrepareBatchTargets, RestoreLabelHandler
 
 __all__ = [
+    "ConstraintMetricsHandler",
+    "DualPassHandler",
     "EpochSeedHandler",
     "HandlerList",
     "LossTermsHandler",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -64,6 +64,7 @@ def training_handlers(
     dataset: Any,
     lr_scheduler: LRScheduler | None = None,
     formulation: Any = None,
+    monitors: Sequence[Any] = (),
     val_interval: int = 1,
     boxes_key: str | None = None,
     validate: bool = True,
@@ -80,7 +81,9 @@ def training_handlers(
         seed: see `EpochSeedHandler`.
         dataset: training data set.
         lr_scheduler: stepped after each epoch.
-        formulation: stepped after each epoch, when it has a `step`.
+        formulation: stepped after each epoch, when it has a `step`; or a list of formulations.
+        monitors: further handlers that look at the epoch before the formulations are stepped, such as
+            `ConstraintMetricsHandler`, and `DualPassHandler` behind it; what state they have is kept for a resumed run.
         val_interval: epochs between validations.
         boxes_key: key of the boxes, when training needs them, see `RequireBoxesHandler`.
         validate: False when there is nothing to validate with: the evaluator is not run, and `output_dir/model.pt` gets
@@ -101,8 +104,14 @@ def training_handlers(
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
     if hasattr(loss, "terms"):
         handlers.append(LossTermsHandler(loss, formulation))  # type: ignore[arg-type]
-    if hasattr(formulation, "step"):
-        handlers.append(StepFormulationHandler(formulation))
+    handlers += monitors
+    objects = {
+        **objects,
+        **{f"monitor_{i}": monitor for i, monitor in enumerate(monitors) if hasattr(monitor, "state_dict")},
+    }
+    steppable = [one for one in _listed(formulation) if hasattr(one, "step")]
+    if steppable:
+        handlers.append(StepFormulationHandler(steppable))
     if validate:
         handlers.append(_ValidateAlsoAtTheEnd(val_interval, evaluator))
     elif "network" not in objects:
@@ -124,17 +133,27 @@ def training_handlers(
     return HandlerList(handlers)
 
 
-def validation_handlers(*, network: nn.Module, output_dir: str, rank: int = 0) -> HandlerList:
+def _listed(formulation: Any) -> list[Any]:
+    if formulation is None:
+        return []
+    return list(formulation) if isinstance(formulation, Sequence) else [formulation]
+
+
+def validation_handlers(
+    *, network: nn.Module, output_dir: str, monitors: Sequence[Any] = (), rank: int = 0
+) -> HandlerList:
     """Handlers of the evaluator in training: logs, and the best weights as `output_dir/model.pt`.
 
     Args:
         network: the network that is trained.
         output_dir: folder of the run.
+        monitors: handlers whose metrics are to be logged, such as `ConstraintMetricsHandler`.
         rank: number of the process in distributed training; only process 0 logs and saves.
     """
     if rank:
-        return HandlerList()
+        return HandlerList(monitors)
     handlers = [
+        *monitors,
         StatsHandler(name="train_loss", iteration_log=False),
         TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", iteration_log=False),
         SaveBestHandler(network, f"{output_dir}/model.pt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import ignite.distributed as idist
@@ -156,21 +157,23 @@ class RequireFiniteLossHandler:
 
 
 class StepFormulationHandler:
-    """Calls `formulation.step()` after each epoch, which raises the barrier of `LogBarrierExtension`.
+    """Calls `formulation.step()` after each epoch: raises a barrier, or takes the dual step of a Lagrangian.
 
     Put it before the handler that saves checkpoints, so that a resumed run starts with the next value.
 
     Args:
-        formulation: anything with `step()`.
+        formulation: anything with `step()`, or a list of such; one that is listed twice is stepped once.
 
     Raises:
-        TypeError: it has no `step()`.
+        TypeError: one has no `step()`.
     """
 
-    def __init__(self, formulation: _Steppable) -> None:
-        if not hasattr(formulation, "step"):
-            raise TypeError(f"formulation: expected something with step(), got {type(formulation).__name__}.")
-        self.formulation = formulation
+    def __init__(self, formulation: _Steppable | Sequence[_Steppable]) -> None:
+        formulations = list(formulation) if isinstance(formulation, Sequence) else [formulation]
+        for one in formulations:
+            if not hasattr(one, "step"):
+                raise TypeError(f"formulation: expected something with step(), got {type(one).__name__}.")
+        self.formulations = list({id(one): one for one in formulations}.values())
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -178,4 +181,5 @@ class StepFormulationHandler:
 
     def __call__(self, engine: Engine) -> None:
         """Step."""
-        self.formulation.step()
+        for formulation in self.formulations:
+            formulation.step()

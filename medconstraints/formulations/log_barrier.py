@@ -64,6 +64,13 @@ class LogBarrierExtension(nn.Module):
             residual, t, threshold = self._prepared(residual)
             return torch.where(residual <= threshold, -1 / (t * residual.clamp(max=threshold)), t)
 
+    def duality_gap_bound(self, num_constraints: int) -> float:
+        """Upper bound P N / t of the duality gap at a minimum, for P N constraints (Kervadec 2020, proposition 2).
+
+        It certifies a solution of a convex problem; for a network it is a guide to how sharp the barrier is.
+        """
+        return num_constraints / float(self.t)
+
     def _prepared(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residual in at least float32, t in its type, and -1 / t^2, which must not be rounded to 0."""
         if residual.dtype in (torch.float16, torch.bfloat16):

@@ -26,5 +26,12 @@ class QuadraticPenalty(nn.Module):
             residual = residual.float()
         return residual.clamp(min=0).square()
 
+    def dual(self, residual: Tensor) -> Tensor:
+        """Slope 2 max(z, 0) of each cost, which stands where a multiplier would; same shape, no gradient."""
+        with torch.no_grad():
+            return 2 * (residual.float() if residual.dtype in (torch.float16, torch.bfloat16) else residual).clamp(
+                min=0
+            )
+
     def step(self) -> None:
         """No schedule: present so that every formulation can be stepped after an epoch."""

@@ -20,7 +20,9 @@ class CombinedLoss(_Loss):
 
     Args:
         losses: name -> loss, a module `(input, target) -> scalar`.
-        keys: name -> key of its target in the target dictionary; a name that is left out uses its own name as key.
+        keys: name -> key of its target in the target dictionary; a name that is left out uses its own name as key. Or
+            name -> {part: key} for a loss that takes several targets, such as
+            {"bounds": "size_bounds", "index": "index"} for `ConstraintLoss`.
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
 
@@ -39,7 +41,7 @@ class CombinedLoss(_Loss):
         self,
         losses: Mapping[str, nn.Module],
         *,
-        keys: Mapping[str, str] | None = None,
+        keys: Mapping[str, str | Mapping[str, str]] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -88,8 +90,13 @@ class CombinedLoss(_Loss):
                 terms.update({f"{name}_{key}": value for key, value in own().items()})
         return terms
 
-    def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor:
+    def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor | dict[str, Tensor]:
         key = self.keys[name]
+        if isinstance(key, Mapping):
+            return {part: self._entry(target, other, name) for part, other in key.items()}
+        return self._entry(target, key, name)
+
+    def _entry(self, target: Mapping[str, Tensor], key: str, name: str) -> Tensor:
         if key not in target:
             raise KeyError(
                 f"target: no entry {key!r} for the loss {name!r}, got {sorted(map(str, target))}; add the transform "

@@ -2,6 +2,24 @@
 
 from medconstraints.statistics.box_plan import BoxPlan, plan_boxes
 from medconstraints.statistics.boxes import box_sums, inside_mask
-from medconstraints.statistics.size import soft_size
+from medconstraints.statistics.intensity import soft_mean_intensity
+from medconstraints.statistics.moments import soft_centroid, soft_fraction, soft_moments, soft_spread
+from medconstraints.statistics.relations import soft_centroid_offset, soft_outside_extent, soft_size_ratio
+from medconstraints.statistics.size import soft_size, soft_volume_size
 
-__all__ = ["BoxPlan", "box_sums", "inside_mask", "plan_boxes", "soft_size"]
+__all__ = [
+    "BoxPlan",
+    "box_sums",
+    "inside_mask",
+    "plan_boxes",
+    "soft_centroid",
+    "soft_centroid_offset",
+    "soft_fraction",
+    "soft_mean_intensity",
+    "soft_moments",
+    "soft_outside_extent",
+    "soft_size",
+    "soft_size_ratio",
+    "soft_spread",
+    "soft_volume_size",
+]

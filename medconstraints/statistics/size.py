@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-__all__ = ["soft_size"]
+from medconstraints.statistics.arguments import checked_probs, plain, spacing_rows
+
+__all__ = ["soft_size", "soft_volume_size"]
 
 
 def soft_size(probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = None) -> Tensor:
@@ -25,25 +26,54 @@ def soft_size(probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = None)
         ValueError: `probs` has no spatial axis or is not floating point, or `spacing_mm` does not fit its axes.
 
     Example:
+        >>> import torch
         >>> soft_size(torch.full((1, 2, 4, 4), 0.5), spacing_mm=(2.0, 2.0)).flatten().tolist()
         [32.0, 32.0]
     """
-    if probs.dim() < 3 or not probs.is_floating_point():
-        raise ValueError(
-            f"probs: expected a floating point tensor (B, C, *S), got {probs.dtype} of shape {tuple(probs.shape)}; "
-            "add the batch and channel axes or apply softmax first."
-        )
-    # Half precision overflows at 65504, which a 41^3 volume already exceeds.
-    dtype = torch.float64 if probs.dtype == torch.float64 else torch.float32
+    probs, dtype = checked_probs(probs)
     size = probs.flatten(2).sum(-1, keepdim=True, dtype=dtype)
     if spacing_mm is None:
         return size
-    spacing = torch.as_tensor(spacing_mm, dtype=dtype)
-    dims = probs.dim() - 2
-    if spacing.shape not in ((dims,), (probs.shape[0], dims)) or not bool((spacing > 0).all()):
+    return size * spacing_rows(spacing_mm, probs, dtype).prod(-1).view(-1, 1, 1)
+
+
+def soft_volume_size(
+    probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = None, volume: Tensor | None = None
+) -> Tensor:
+    """Size of each class in whole volumes whose slices arrive as a batch (Kervadec 2020, section 2.4.4).
+
+    Args:
+        probs: probabilities of slices, (B, C, H, W).
+        spacing_mm: in-plane spacing and distance of the slices in mm, (3,) or one row per slice, (B, 3); None counts
+            voxels.
+        volume: number of the volume each slice belongs to, (B,) int64. None: the batch is one volume.
+
+    Returns:
+        Shape (B, C, 1), float32 (float64 for float64 input): for each slice the size in all slices of its volume that
+        are in the batch, voxels or mm^3. Every slice of a volume has the same value, so bounds and indices stay one
+        for each slice, and a mean over slices weighs volumes by their slices.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> soft_volume_size(torch.full((3, 1, 4, 4), 0.5), volume=torch.tensor([0, 0, 1])).flatten().tolist()
+        [16.0, 16.0, 8.0]
+    """
+    size = soft_size(probs)
+    if spacing_mm is not None:
+        # The slices have one axis less than the spacing: the voxel of the volume is what counts.
+        voxel = spacing_rows(spacing_mm, probs.unsqueeze(-1), size.dtype).prod(-1)
+        size = size * voxel.view(-1, 1, 1)
+    if volume is None:
+        return size.sum(0, keepdim=True).expand_as(size)
+    if volume.shape != probs.shape[:1] or volume.is_floating_point():
         raise ValueError(
-            f"spacing_mm: expected {dims} positive values, or one row of {dims} for each of the {probs.shape[0]} "
-            f"samples, got shape {tuple(spacing.shape)}: {spacing.tolist()}."
+            f"volume: expected one whole number for each of the {probs.shape[0]} slices, got {volume.dtype} of shape "
+            f"{tuple(volume.shape)}."
         )
-    voxel = spacing.prod(-1).to(probs.device)
-    return size * (voxel.view(-1, 1, 1) if voxel.dim() else voxel)
+    volume = plain(volume).to(size.device)
+    together = (volume[:, None] == volume).to(size.dtype)
+    # A sum, not a matrix product: that would be rounded to half precision under autocast.
+    return (together[:, :, None, None] * size).sum(1)

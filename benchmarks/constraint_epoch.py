@@ -1,0 +1,105 @@
+"""One training epoch with constraints against the same epoch with cross-entropy on full labels.
+
+All of them include their data pipeline and the step of the formulations. Lagrangians are timed as the bundle runs them,
+with the residuals that the training sees anyway, and with the thesis's extra pass over the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from timing import medians_ms, steady_allocator, write
+
+from medconstraints.data import make_cohort
+from medconstraints.engines import DualPassHandler, StepFormulationHandler
+
+BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+SHAPE = (48, 64, 48)
+
+
+def epoch(bundle: str, overlays: list[str], datalist: Path, output_dir: Path, **options: Any) -> Callable[[], Any]:
+    """One epoch of a bundle's trainer, without validation, logs and checkpoints."""
+    dual_pass = options.pop("dual_pass", False)
+    plain = options.pop("plain", False)
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ["train", *overlays]])
+    parser.update(
+        {
+            "bundle_root": str(BUNDLES / bundle),
+            "dataset_dir": str(datalist.parent),
+            "output_dir": str(output_dir),
+            "epochs": 1,
+            "train#trainer#train_handlers": [],
+            **options,
+        }
+    )
+    trainer = parser.get_parsed_content("train#trainer")
+    if plain:
+        # The partial cross-entropy alone: no constraint is computed, and no bounds are collated.
+        partial = parser.get_parsed_content("loss").losses["partial_ce"]
+        trainer.loss_function = lambda output, target: partial(output, target["weak_label"])
+    elif bundle == "log_barrier":
+        formulations = [parser.get_parsed_content(name) for name in ("size_formulation", "centroid_formulation")]
+        if dual_pass:
+            DualPassHandler(parser.get_parsed_content("loss"), formulations).attach(trainer)
+        StepFormulationHandler(formulations).attach(trainer)
+    trainer.logger.setLevel(logging.WARNING)
+    return trainer.run
+
+
+def main() -> None:
+    """Print and write the ratios."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--output", default="docs/results/benchmark_constraint_epoch.json")
+    arguments.add_argument("--runs", type=int, default=9)
+    arguments.add_argument("--volumes", type=int, default=16)
+    arguments.add_argument("--threads", type=int, default=1)
+    args = arguments.parse_args()
+    steady_allocator()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        datalist = make_cohort(
+            Path(folder) / "cohort",
+            num_training=args.volumes,
+            num_validation=1,
+            num_test=1,
+            num_classes=2,
+            shape=SHAPE,
+            spacing_mm=(1.0, 1.0, 1.0),
+        )
+        where = datalist, Path(folder)
+        times = medians_ms(
+            {
+                "partial cross-entropy": epoch("log_barrier", [], *where, plain=True),
+                "cross-entropy on full labels": epoch("log_barrier", ["full_supervision"], *where),
+                "penalty, size and centroid": epoch("log_barrier", [], *where, formulation="penalty"),
+                "log-barrier, size and centroid": epoch("log_barrier", [], *where),
+                "Lagrangian": epoch("log_barrier", [], *where, formulation="lagrangian"),
+                "ReLU Lagrangian": epoch("log_barrier", [], *where, formulation="relu_lagrangian"),
+                "augmented Lagrangian": epoch("log_barrier", [], *where, formulation="augmented_lagrangian"),
+                "Lagrangian with the extra pass": epoch(
+                    "log_barrier", [], *where, formulation="lagrangian", dual_pass=True
+                ),
+                "Lagrangian with proposals": epoch("size_constraint", ["proposals"], *where),
+            },
+            runs=args.runs,
+            warmup=1,
+        )
+    base = times["cross-entropy on full labels"]
+    rows = [{"case": name, "epoch_s": value / 1e3, "ratio": value / base} for name, value in times.items()]
+    for row in rows:
+        sys.stdout.write(f"{row['case']:<34} {row['ratio']:.3f}x\n")
+    write(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A table with one row for each epoch, which a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["EpochTable"]
+
+
+class EpochTable:
+    """CSV file with one row for each epoch; the columns stay those of its first row.
+
+    The file is written whole beside itself and renamed: a run killed while it writes leaves the former one. A run that
+    was resumed writes epochs again that the killed one had written: their rows, and all later ones, are cut.
+
+    Args:
+        path: the file, such as `output/constraints.csv`; its folder is made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Find out before an epoch whether its row will fit.
+
+        Args:
+            columns: names of the values, without "epoch".
+
+        Raises:
+            RuntimeError: the file exists and has other columns, or is no such table.
+        """
+        self._rows_before(0, columns)
+
+    def write(self, epoch: int, values: Mapping[str, float | None]) -> None:
+        """Add the row of an epoch, in place of the rows of this and later epochs.
+
+        Args:
+            epoch: number of the epoch.
+            values: column -> number; None leaves the cell empty.
+
+        Raises:
+            RuntimeError: the file exists and has other columns, or is no such table; it stays as it is.
+        """
+        rows = self._rows_before(epoch, [*values])
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["epoch", *values])
+        writer.writerows(rows)
+        # `repr` of a float is the shortest text that reads back as the same number.
+        writer.writerow([epoch, *("" if value is None else repr(float(value)) for value in values.values())])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".part")
+        beside.write_text(text.getvalue(), encoding="utf-8", newline="\n")
+        os.replace(beside, self.path)
+
+    def _rows_before(self, epoch: int, columns: Sequence[str]) -> list[list[str]]:
+        if not self.path.exists() or not self.path.stat().st_size:
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        if header != ["epoch", *columns]:
+            lacks, has = sorted(set(columns) - set(header)), sorted(set(header) - {"epoch", *columns})
+            raise RuntimeError(
+                f"{self.path.name}: its columns are those of another run (it lacks {lacks}, has besides {has}); "
+                "choose another file, or move this one away."
+            )
+        try:
+            return [row for row in rows if int(row[0]) < epoch]
+        except (IndexError, ValueError) as error:
+            raise RuntimeError(
+                f"{self.path.name}: expected the number of an epoch at the start of each row ({error}); move it away."
+            ) from error

@@ -1,0 +1,319 @@
+"""Lagrangian formulations: multipliers of each constraint that rise while it is violated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["AugmentedLagrangian", "Lagrangian", "ReLULagrangian"]
+
+
+class _DualVariables(nn.Module):
+    """What the Lagrangians share: a table of multipliers, and the residuals seen since the last dual step.
+
+    The table is a buffer, so checkpoints resume exactly; its width, the constraints of one sample, is known only at the
+    first forward pass or from a state that is loaded. Residuals are summed up on their device, without a wait.
+    """
+
+    multipliers: Tensor
+    needs_index = True
+
+    def __init__(self, rows: int, learning_rate: float, max_multiplier: float | None, initial: float) -> None:
+        super().__init__()
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate: expected a number > 0 (step of the multipliers), got {learning_rate!r}.")
+        if not (math.isfinite(initial) and initial >= 0):
+            raise ValueError(f"initial: expected a number >= 0, got {initial!r}.")
+        if max_multiplier is not None and not max_multiplier > initial:
+            raise ValueError(f"max_multiplier: expected None or a number > {initial:g}, got {max_multiplier!r}.")
+        self.rows = rows
+        self.learning_rate = float(learning_rate)
+        self.max_multiplier = max_multiplier
+        self.initial = float(initial)
+        self.register_buffer("multipliers", torch.zeros(rows, 0))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the residuals seen since the last step."""
+        self._sum: Tensor | None = None
+        self._visits: Tensor | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(prefix + "multipliers")
+        if saved is not None and saved.dim() == 2:
+            if len(saved) != self.rows:
+                arguments[-1].append(
+                    f"{prefix}multipliers: the state has {len(saved)} rows, one for each sample, but num_samples is "
+                    f"{self.rows}; train on the data set of that state, or start anew."
+                )
+                return
+            self.multipliers = saved.new_empty(saved.shape).to(self.multipliers.device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _flat(self, residual: Tensor) -> Tensor:
+        """Residuals as (B, K), at least float32, and a table that fits them."""
+        if hasattr(residual, "as_tensor"):
+            residual = residual.as_tensor()
+        if residual.dtype in (torch.float16, torch.bfloat16):
+            residual = residual.float()
+        flat = residual.reshape(residual.shape[0], -1) if residual.dim() else residual.reshape(1, 1)
+        if self.multipliers.shape[1] == 0 and flat.shape[1]:
+            shape = self.rows, flat.shape[1]
+            self.multipliers = torch.full(shape, self.initial, dtype=torch.float32, device=flat.device)
+        if self.multipliers.shape[1] != flat.shape[1]:
+            raise ValueError(
+                f"residual: expected {self.multipliers.shape[1]} constraints for each sample, as before, got "
+                f"{flat.shape[1]} (shape {tuple(residual.shape)}); use one formulation for each loss."
+            )
+        if self.multipliers.device != flat.device:
+            self.multipliers = self.multipliers.to(flat.device)
+        return flat
+
+    def _checked_index(self, index: Tensor | None, flat: Tensor) -> Tensor:
+        if index is None:
+            raise ValueError(
+                f"index: {type(self).__name__} has a multiplier for every sample; give the samples' numbers in the "
+                'data set, (B,), or a target {"bounds": ..., "index": ...} to the loss.'
+            )
+        index = torch.as_tensor(index)
+        if hasattr(index, "as_tensor"):
+            index = index.as_tensor()
+        if index.shape != flat.shape[:1] or index.is_floating_point():
+            raise ValueError(
+                f"index: expected {len(flat)} whole numbers, one for each sample, got {index.dtype} of shape "
+                f"{tuple(index.shape)}."
+            )
+        # Checked on the host only: an accelerator would make it wait.
+        if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.rows:
+            raise ValueError(
+                f"index: expected numbers 0..{self.rows - 1}, got {int(index.min())}..{int(index.max())}; set "
+                "num_samples to the length of the data set."
+            )
+        return index.to(flat.device, torch.int64)
+
+    def _observe(self, flat: Tensor, index: Tensor) -> None:
+        if not self.training:
+            return
+        with torch.no_grad():
+            if self._sum is None or self._visits is None:
+                self._sum = flat.new_zeros(self.multipliers.shape)
+                self._visits = flat.new_zeros(self.rows, 1)
+            # Out of place: the sums may be of another type or device than before.
+            self._sum = self._sum.to(flat).index_add(0, index, flat.detach())
+            self._visits = self._visits.to(flat).index_add(0, index, flat.new_ones(len(flat), 1))
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Sums and visits since the last step, over all processes; a process that saw nothing adds zeros."""
+        total = torch.zeros_like(self.multipliers) if self._sum is None else self._sum.float()
+        visits = self.multipliers.new_zeros(self.rows, 1) if self._visits is None else self._visits.float()
+        self.reset()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+            dist.all_reduce(visits)
+        return total, visits
+
+    def _set(self, multipliers: Tensor) -> None:
+        self.multipliers.copy_(multipliers.clamp(min=0, max=self.max_multiplier))
+
+
+class Lagrangian(_DualVariables):
+    """Standard Lagrangian: cost lambda z, one multiplier for each constraint of each sample (Kervadec 2020, eq. 3.2).
+
+    `step()`, once after each epoch, is the projected gradient ascent: lambda <- max(0, lambda + learning_rate z), with
+    z the mean residual over the sample's visits in that epoch. The residuals are those seen in training; the thesis
+    makes an epoch of its own for them, see `DualPassHandler`.
+
+    Args:
+        num_samples: samples in the data set.
+        learning_rate: step of the multipliers, in 1 / unit of the residual; the thesis does not tell its own.
+        max_multiplier: upper limit of the multipliers, or None.
+        initial: multipliers at the start.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> lagrangian = Lagrangian(num_samples=2, learning_rate=0.5)
+        >>> residual, index = torch.tensor([[2.0], [-1.0]]), torch.tensor([0, 1])
+        >>> _ = lagrangian(residual, index)
+        >>> lagrangian.step()
+        >>> lagrangian(residual, index).tolist()
+        [[2.0], [-0.0]]
+    """
+
+    def __init__(
+        self, num_samples: int, *, learning_rate: float, max_multiplier: float | None = None, initial: float = 0.0
+    ) -> None:
+        super().__init__(_checked_samples(num_samples), learning_rate, max_multiplier, initial)
+
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """Cost of each residual, same shape, at least float32.
+
+        Args:
+            residual: (B, ...), the constraints of each sample.
+            index: number of each sample in the data set, (B,), best on the CPU.
+
+        Raises:
+            ValueError: no index, one out of range, or another number of constraints than before.
+        """
+        flat = self._flat(residual)
+        rows = self._checked_index(index, flat)
+        self._observe(flat, rows)
+        return (self.multipliers[rows].to(flat) * flat).view(residual.shape)
+
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """Multiplier of each constraint, same shape, no gradient."""
+        with torch.no_grad():
+            flat = self._flat(residual)
+            return self.multipliers[self._checked_index(index, flat)].to(flat).view(residual.shape)
+
+    def step(self) -> None:
+        """Dual step; see the class. Samples not seen since the last step keep their multipliers."""
+        total, visits = self._seen()
+        self._set(self.multipliers + self.learning_rate * total / visits.clamp(min=1))
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return f"num_samples={self.rows}, learning_rate={self.learning_rate:g}"
+
+
+class ReLULagrangian(_DualVariables):
+    """ReLU Lagrangian: cost lambda max(z, 0), one multiplier for each constraint over the data set (eq. 3.3).
+
+    `step()`, once after each epoch: lambda <- lambda + learning_rate sum_n max(z_n, 0), over all samples seen in that
+    epoch. It never falls (Kervadec 2020, appendix A.3).
+
+    Args:
+        learning_rate: step of the multipliers; with N samples their sum is N times the mean violation.
+        max_multiplier: upper limit of the multipliers, or None.
+        initial: multipliers at the start.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> lagrangian = ReLULagrangian(learning_rate=0.5)
+        >>> _ = lagrangian(torch.tensor([[2.0], [1.0], [-1.0]]))
+        >>> lagrangian.step()
+        >>> lagrangian.multipliers.tolist()
+        [[1.5]]
+    """
+
+    needs_index = False
+
+    def __init__(self, *, learning_rate: float, max_multiplier: float | None = None, initial: float = 0.0) -> None:
+        super().__init__(1, learning_rate, max_multiplier, initial)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Cost of each residual (B, ...), same shape, at least float32.
+
+        Raises:
+            ValueError: another number of constraints than before.
+        """
+        flat = self._flat(residual).clamp(min=0)
+        self._observe(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
+        return (self.multipliers.to(flat) * flat).view(residual.shape)
+
+    def dual(self, residual: Tensor) -> Tensor:
+        """Multiplier of each violated constraint, 0 for the others, same shape, no gradient."""
+        with torch.no_grad():
+            flat = self._flat(residual)
+            return (self.multipliers.to(flat) * (flat > 0)).view(residual.shape)
+
+    def step(self) -> None:
+        """Dual step; see the class."""
+        total, _ = self._seen()
+        self._set(self.multipliers + self.learning_rate * total)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return f"learning_rate={self.learning_rate:g}"
+
+
+class AugmentedLagrangian(_DualVariables):
+    """Augmented Lagrangian for inequalities: cost ([lambda + rho z]+^2 - lambda^2) / (2 rho).
+
+    The method of multipliers (Hestenes 1969, Powell 1969, Rockafellar 1973; Bertsekas 1982, section 3.1): a penalty
+    whose multipliers make it exact at a finite rho. `step()`, once after each epoch: lambda <- [lambda + rho z]+, with
+    z the mean residual over the sample's visits, then rho <- min(factor rho, max_penalty).
+
+    Args:
+        num_samples: samples in the data set.
+        penalty: rho at the start, > 0.
+        factor: growth of rho after each epoch, >= 1.
+        max_penalty: upper limit of rho, or None.
+        max_multiplier: upper limit of the multipliers, or None.
+        initial: multipliers at the start.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> augmented = AugmentedLagrangian(num_samples=1, penalty=2.0)
+        >>> augmented(torch.tensor([[1.0]]), torch.tensor([0])).tolist()
+        [[1.0]]
+    """
+
+    penalty: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        penalty: float = 1.0,
+        factor: float = 1.0,
+        max_penalty: float | None = None,
+        max_multiplier: float | None = None,
+        initial: float = 0.0,
+    ) -> None:
+        if not (math.isfinite(penalty) and penalty > 0):
+            raise ValueError(f"penalty: expected a number > 0, got {penalty!r}.")
+        if not (math.isfinite(factor) and factor >= 1):
+            raise ValueError(f"factor: expected a number >= 1, got {factor!r}; 1 keeps the penalty constant.")
+        if max_penalty is not None and not max_penalty >= penalty:
+            raise ValueError(f"max_penalty: expected None or a number >= penalty = {penalty}, got {max_penalty!r}.")
+        super().__init__(_checked_samples(num_samples), penalty, max_multiplier, initial)
+        self.factor = factor
+        self.max_penalty = max_penalty
+        self.register_buffer("penalty", torch.tensor(float(penalty)))
+
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """Cost of each residual, same shape, at least float32; arguments and errors as for `Lagrangian`."""
+        flat = self._flat(residual)
+        rows = self._checked_index(index, flat)
+        self._observe(flat, rows)
+        multipliers, rho = self.multipliers[rows].to(flat), self.penalty.to(flat)
+        # Without the difference of two large squares: where the bracket is positive, lambda z + rho z^2 / 2.
+        cost = torch.where(
+            multipliers + rho * flat > 0, flat * (multipliers + rho * flat / 2), -multipliers.square() / (2 * rho)
+        )
+        return cost.view(residual.shape)
+
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """[lambda + rho z]+ of each constraint, the slope of its cost, same shape, no gradient."""
+        with torch.no_grad():
+            flat = self._flat(residual)
+            multipliers = self.multipliers[self._checked_index(index, flat)]
+            return (multipliers + self.penalty.to(flat) * flat).clamp(min=0).view(residual.shape)
+
+    def step(self) -> None:
+        """Dual step; see the class. Samples not seen since the last step keep their multipliers."""
+        total, visits = self._seen()
+        rho = self.penalty.to(self.multipliers)
+        moved = (self.multipliers + rho * total / visits.clamp(min=1)).clamp(min=0)
+        self._set(torch.where(visits > 0, moved, self.multipliers))
+        self.penalty.mul_(self.factor).clamp_(max=self.max_penalty if self.max_penalty is not None else 1e30)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return f"num_samples={self.rows}, penalty={float(self.penalty):g}, factor={self.factor:g}"
+
+
+def _checked_samples(num_samples: int) -> int:
+    if num_samples != int(num_samples) or num_samples < 1:
+        raise ValueError(f"num_samples: expected an integer >= 1, the length of the data set, got {num_samples!r}.")
+    return int(num_samples)

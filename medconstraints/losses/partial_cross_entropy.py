@@ -1,0 +1,127 @@
+"""Cross-entropy of the few voxels that have a label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.utils import LossReduction
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from medconstraints.losses.base import plain
+
+__all__ = ["PartialCrossEntropyLoss"]
+
+
+class PartialCrossEntropyLoss(_Loss):
+    """Cross-entropy over the labelled voxels alone (Kervadec 2020, section 2.4.3: H(S) = -sum_{Omega_L} log s).
+
+    `-sum(y log s) / (number of labelled voxels in the batch)`. Voxels with `ignore_index` are not labelled and have no
+    part in it. Without a labelled voxel the loss is 0, and so is its gradient. On the CPU only the labelled voxels are
+    computed, which for points and scribbles is a small part of the image.
+
+    Args:
+        ignore_index: label of voxels without annotation.
+        weight: weight of each class, (C,); the mean is then weighted, as in `torch.nn.CrossEntropyLoss`.
+        reduction: "mean" over the labelled voxels, "sum", or "none" for (B, 1, *S), 0 where there is no label.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> weak = torch.full((1, 1, 4, 4), -1)
+        >>> weak[0, 0, 1, 1] = 1
+        >>> round(PartialCrossEntropyLoss()(torch.zeros(1, 2, 4, 4), weak).item(), 4)
+        0.6931
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self, *, ignore_index: int = -1, weight: Sequence[float] | Tensor | None = None, reduction: str = "mean"
+    ) -> None:
+        super().__init__(reduction=LossReduction(reduction).value)
+        if ignore_index != int(ignore_index):
+            raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}.")
+        if weight is not None:
+            values = torch.as_tensor(weight, dtype=torch.float32)
+            if values.dim() != 1 or not bool((torch.isfinite(values) & (values >= 0)).all()):
+                raise ValueError(f"weight: expected one finite number >= 0 for each class, got {weight!r}.")
+        self.ignore_index = int(ignore_index)
+        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            input: logits (B, C, *S).
+            target: weak label (B, 1, *S): class numbers, background 0, and `ignore_index`.
+
+        Raises:
+            ValueError: shapes do not fit, or a label that is no class (looked at on the CPU only).
+        """
+        input, target = plain(input), plain(target)
+        if not input.is_floating_point() or input.dim() < 3:
+            raise ValueError(
+                f"input: expected floating point logits (B, C, *S), got {input.dtype} of shape {tuple(input.shape)}."
+            )
+        if target.shape != (input.shape[0], 1, *input.shape[2:]):
+            raise ValueError(
+                f"target: expected the weak label (B, 1, *S) = {(input.shape[0], 1, *input.shape[2:])}, got "
+                f"{tuple(target.shape)}; give class numbers, not one-hot channels."
+            )
+        weight = self.weight
+        if weight is not None and len(weight) != input.shape[1]:
+            raise ValueError(f"weight: expected {input.shape[1]} values, one per class, got {len(weight)}.")
+        with torch.autocast(input.device.type, enabled=False):
+            if input.dtype in (torch.float16, torch.bfloat16):
+                input = input.float()
+            weight = None if weight is None else weight.to(input)
+            label = target[:, 0]
+            if self.reduction != "none" and input.device.type == "cpu":
+                return self._labelled_only(input, label, weight)
+            label = label.to(input.device, torch.int64)
+            loss = F.cross_entropy(input, label, weight=weight, ignore_index=self.ignore_index, reduction="none")
+            if self.reduction == "none":
+                return loss.unsqueeze(1)
+            if self.reduction == "sum":
+                return loss.sum()
+            labelled = label != self.ignore_index
+            share = labelled.to(loss.dtype)
+            if weight is not None:
+                share = share * weight[label.masked_fill(~labelled, 0)]
+            return loss.sum() / _at_least(share.sum())
+
+    def _labelled_only(self, input: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        """The same from the labelled voxels alone. Elsewhere than on the CPU their number would make the host wait."""
+        where = (label != self.ignore_index).nonzero(as_tuple=True)
+        chosen = label[where].to(torch.int64)
+        classes = input.shape[1]
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes:
+            raise ValueError(
+                f"target: expected class numbers 0..{classes - 1} or ignore_index = {self.ignore_index}, got "
+                f"{int(chosen.min())}..{int(chosen.max())}; map the labels, or set ignore_index."
+            )
+        # Dense labels (hybrid training) are quicker in one piece; few voxels are quicker one by one.
+        if len(chosen) * 8 > label.numel():
+            total = F.cross_entropy(
+                input, label.to(torch.int64), weight=weight, ignore_index=self.ignore_index, reduction="sum"
+            )
+        else:
+            logits = input.movedim(1, -1)[where]
+            total = F.cross_entropy(logits, chosen, weight=weight, reduction="sum")
+        if self.reduction == "sum":
+            return total
+        share = torch.tensor(float(len(chosen)), dtype=input.dtype) if weight is None else weight[chosen].sum()
+        return total / _at_least(share)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+def _at_least(share: Tensor) -> Tensor:
+    """No division by zero where nothing is labelled."""
+    return torch.where(share > 0, share, torch.ones_like(share))

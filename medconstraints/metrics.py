@@ -1,0 +1,261 @@
+"""How many constraints hold, how many of them stay so, and by how much the others are missed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor
+
+__all__ = ["ConstraintMetrics", "ConstraintTotals"]
+
+
+class ConstraintTotals(NamedTuple):
+    """Sums over the constraints of an epoch, from which shares and means are made.
+
+    Attributes:
+        constraints: number of constraints that are not free.
+        satisfied: how many of them hold.
+        violation: sum of `max(residual, 0)` over them, in the unit of the residuals.
+        before: how many of them held in the epoch before.
+        kept: how many of those still hold.
+    """
+
+    constraints: int
+    satisfied: int
+    violation: float
+    before: int
+    kept: int
+
+    def shares(self) -> dict[str, float | None]:
+        """Entries "satisfied", "stability" and "violation" of `ConstraintMetrics.compute`; None over no constraint."""
+        return {
+            "satisfied": _ratio(self.satisfied, self.constraints),
+            "stability": _ratio(self.kept, self.before),
+            "violation": _ratio(self.violation, self.constraints),
+        }
+
+
+class ConstraintMetrics:
+    """Satisfied constraints, their stability and their violation over an epoch (Kervadec 2020, section 3.4.1).
+
+    satisfied = share of the constraints with residual <= tolerance,
+    stability = share of the constraints satisfied in the epoch before that still are,
+    violation = mean of max(residual, 0), in the unit of the residuals.
+
+    Free constraints (an infinite bound) count nowhere. Each sample counts once: one that an epoch visits several times,
+    in several patches, counts with its last visit. Samples are told apart by their index; without an index every row is
+    a sample of its own. Stability needs to know the samples again: it looks at the constraints of samples that both
+    epochs visited, and that are free in neither. A share or mean over no constraint at all is None: stability in the
+    first epoch and without an index, everything when all constraints are free. A residual of NaN is not satisfied and
+    makes the violation NaN.
+
+    Tensors stay on their device until the end of the epoch: no batch makes the host wait. In distributed training
+    `compute` and `totals` gather the samples of all processes, so every process has to call them; all get the same
+    values, and the same state, whichever process saw a sample before. A sample that two processes visited counts with
+    the visit of the last process.
+
+    Args:
+        names: one for each constraint of a sample, in the order of the residual's elements; None numbers them.
+        tolerance: largest residual that counts as satisfied, >= 0, in the unit of the residuals.
+        match_by_order: samples without an index are known again by the order in which they come. Right only when every
+            epoch brings the same samples in the same order, as validation does.
+
+    Raises:
+        ValueError: `tolerance` is negative or not finite, or two names are the same.
+
+    Example:
+        >>> metrics = ConstraintMetrics(["lower", "upper"])
+        >>> free, index = torch.zeros(2, 2, dtype=torch.bool), torch.tensor([0, 1])
+        >>> metrics.update(torch.tensor([[-1.0, -1.0], [3.0, -9.0]]), free, index)
+        >>> metrics.compute()["satisfied"], metrics.compute()["violation_lower"], metrics.compute()["stability"]
+        (0.75, 1.5, None)
+        >>> metrics.next_epoch()
+        >>> metrics.update(torch.tensor([[-1.0, -1.0], [-1.0, 1.0]]), free, index)
+        >>> round(metrics.compute()["stability"], 3)
+        0.667
+    """
+
+    def __init__(
+        self, names: Sequence[str] | None = None, *, tolerance: float = 0.0, match_by_order: bool = False
+    ) -> None:
+        if not (math.isfinite(tolerance) and tolerance >= 0):
+            raise ValueError(f"tolerance: expected a number >= 0, got {tolerance}; 0 takes the bounds as they are.")
+        self.names = None if names is None else [*names]
+        if self.names is not None and len(set(self.names)) < len(self.names):
+            raise ValueError(f"names: expected a different one for each constraint, got {self.names}.")
+        self.tolerance = float(tolerance)
+        self.match_by_order = bool(match_by_order)
+        self._rows: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._epoch: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # Sorted indices (N,) and what was satisfied (N, K) in the epoch before.
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def update(self, residual: Tensor, free: Tensor, index: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            residual: (B, ...), such as (B, C, M, 2); <= 0 is satisfied.
+            free: bool of the same shape, True where there is no constraint.
+            index: (B,) integers, the samples' positions in the data set; None does not tell the samples apart.
+
+        Raises:
+            ValueError: shapes or types do not fit each other, the names, or the batches and epochs before.
+        """
+        if residual.dim() < 2 or not residual.is_floating_point():
+            raise ValueError(
+                f"residual: expected a floating point tensor (B, ...), got {residual.dtype} of shape "
+                f"{tuple(residual.shape)}; add the axis of the batch."
+            )
+        if free.shape != residual.shape or free.dtype != torch.bool:
+            raise ValueError(
+                f"free: expected a bool tensor of the residual's shape {tuple(residual.shape)}, got {free.dtype} of "
+                f"shape {tuple(free.shape)}."
+            )
+        if index is not None and (index.shape != residual.shape[:1] or index.is_floating_point()):
+            raise ValueError(
+                f"index: expected an integer for each of the {residual.shape[0]} rows of the residual, got "
+                f"{index.dtype} of shape {tuple(index.shape)}; give the position in the data set, or None."
+            )
+        width = math.prod(residual.shape[1:])
+        if self.names is not None and len(self.names) != width:
+            raise ValueError(
+                f"names: expected {width}, one for each constraint of a residual of shape {tuple(residual.shape)}, "
+                f"got {len(self.names)}."
+            )
+        for what, known in (
+            ("the batches before", self._rows[0][0] if self._rows else None),
+            ("the epoch before", self._before[1] if self._before else None),
+        ):
+            if known is not None and known.shape[1] != width:
+                raise ValueError(
+                    f"residual: expected {known.shape[1]} constraints in each sample as in {what}, got {width}; use "
+                    "one ConstraintMetrics for each loss, and a state of the same run."
+                )
+        if self._rows and (self._rows[0][2] is None) != (index is None):
+            raise ValueError("index: expected in every batch of an epoch or in none; give it always.")
+        rows = (residual.detach().reshape(len(residual), width), free.detach().reshape(len(free), width))
+        self._rows.append((*rows, None if index is None else index.detach()))
+        self._epoch = None
+
+    def totals(self) -> ConstraintTotals:
+        """Sums over all constraints of the epoch so far, for totals over several losses; the host waits.
+
+        Raises:
+            RuntimeError: no batch was added since the epoch began.
+        """
+        used, met, violation, before, kept = self._sums().sum(dim=1).tolist()
+        return ConstraintTotals(int(used), int(met), violation, int(before), int(kept))
+
+    def keys(self) -> list[str]:
+        """What `compute` returns, in its order: known after the first batch, without waiting for it."""
+        return ["satisfied", "stability", "violation", *self._keys("satisfied"), *self._keys("violation")]
+
+    def compute(self) -> dict[str, float | None]:
+        """Metrics of the epoch so far; the host waits.
+
+        Keys: "satisfied", "stability", "violation", and for each constraint of a sample "satisfied_<name>" and
+        "violation_<name>". None where there is no constraint, see the class.
+
+        Raises:
+            RuntimeError: no batch was added since the epoch began.
+        """
+        used, met, violation, _, _ = self._sums().tolist()
+        result = self.totals().shares()
+        result |= {key: _ratio(a, b) for key, a, b in zip(self._keys("satisfied"), met, used, strict=True)}
+        result |= {key: _ratio(a, b) for key, a, b in zip(self._keys("violation"), violation, used, strict=True)}
+        return result
+
+    def next_epoch(self) -> None:
+        """Keep what is satisfied now for the next epoch's stability, and forget the batches; nothing without any."""
+        if not self._rows:
+            return
+        residual, free, index = self._samples()
+        self._before = None if index is None else (index, ~free & (residual <= self.tolerance))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the batches of an unfinished epoch, not the epoch before."""
+        self._rows, self._epoch = [], None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next epoch's stability needs, on the CPU; the batches of an unfinished epoch are not kept.
+
+        Keys: "index" (N,) int64 and "satisfied" (N, K) bool; none before the first `next_epoch` and without an index.
+        """
+        return {} if self._before is None else dict(zip(("index", "satisfied"), self._before, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on after the epoch that `state` was saved after.
+
+        Raises:
+            ValueError: it is no state of such metrics.
+        """
+        if not state:
+            self._before = None
+        else:
+            if set(state) != {"index", "satisfied"} or state["satisfied"].shape[:-1] != state["index"].shape:
+                raise ValueError(
+                    f"state: expected 'index' (N,) and 'satisfied' (N, K), got "
+                    f"{ {name: tuple(value.shape) for name, value in state.items()} }; it is of something else."
+                )
+            self._before = (state["index"].long().cpu().clone(), state["satisfied"].bool().cpu().clone())
+        self.reset()
+
+    def _keys(self, what: str) -> list[str]:
+        if not self._rows and self.names is None:
+            raise RuntimeError("metrics: no batch was added since the epoch began; call update() first.")
+        names = range(self._rows[0][0].shape[1]) if self.names is None else self.names
+        return [f"{what}_{name}" for name in names]
+
+    def _samples(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Residual (N, K) and free (N, K) of the samples, and their sorted indices (N,), on the CPU."""
+        if self._epoch is not None:
+            return self._epoch
+        if not self._rows:
+            raise RuntimeError("metrics: no batch was added since the epoch began; call update() first.")
+        residuals, frees, indices = zip(*self._rows, strict=True)
+        residual, free = _of_all_processes(torch.cat(residuals)), _of_all_processes(torch.cat(frees))
+        index: Tensor | None = None
+        if indices[0] is not None:
+            index, sample = torch.unique(_of_all_processes(torch.cat(indices).long()), return_inverse=True)
+            visits = torch.arange(len(sample))
+            last = torch.zeros(len(index), dtype=torch.long).scatter_reduce(0, sample, visits, "amax")
+            residual, free = residual[last], free[last]
+        elif self.match_by_order:
+            index = torch.arange(len(residual))
+        self._epoch = residual, free, index
+        return self._epoch
+
+    def _sums(self) -> Tensor:
+        """The five sums of `ConstraintTotals` for each constraint of a sample, (5, K) float64 on the CPU."""
+        residual, free, index = self._samples()
+        used = ~free
+        met = used & (residual <= self.tolerance)
+        before = torch.zeros_like(used)
+        if index is not None and self._before is not None and len(self._before[0]):
+            known, held = self._before
+            row = torch.searchsorted(known, index).clamp(max=len(known) - 1)
+            before = held[row] & (known[row] == index)[:, None] & used
+        violation = torch.where(used, residual.double().clamp(min=0), 0.0)
+        return torch.stack([part.double().sum(dim=0) for part in (used, met, violation, before, before & met)])
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """Rows of all processes, in the order of the processes, on the CPU. Each may have another number of them."""
+    if idist.get_world_size() == 1:
+        return rows.cpu()
+    counts: list[int] = idist.all_gather(rows.shape[0])
+    largest = max(counts)
+    # Not every backend gathers bool.
+    padded = rows.new_zeros((largest, *rows.shape[1:]), dtype=torch.uint8 if rows.dtype == torch.bool else rows.dtype)
+    padded[: len(rows)] = rows
+    parts = torch.as_tensor(idist.all_gather(padded)).cpu().split(largest)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.dtype)

@@ -1,0 +1,5 @@
+"""Networks that MONAI lacks."""
+
+from medconstraints.networks.enet import ENet
+
+__all__ = ["ENet"]

@@ -1,0 +1,79 @@
+"""Checks of the arguments that every statistic takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["checked_probs", "chosen_pairs", "plain", "relation", "spacing_rows"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def checked_probs(probs: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The probability map without MONAI's metadata, and the type to sum in: at least float32.
+
+    Half precision overflows at 65504, which the sum over a 41^3 volume already exceeds.
+
+    Raises:
+        ValueError: `probs` has no spatial axis or is not floating point.
+    """
+    if probs.dim() < 3 or not probs.is_floating_point():
+        raise ValueError(
+            f"probs: expected a floating point tensor (B, C, *S), got {probs.dtype} of shape {tuple(probs.shape)}; "
+            "add the batch and channel axes or apply softmax first."
+        )
+    return plain(probs), torch.float64 if probs.dtype == torch.float64 else torch.float32
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata, which does not belong to a sum over the image."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+def spacing_rows(spacing_mm: Sequence[float] | Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing as (1, D) or (B, D) on the device of `probs`.
+
+    Values are checked where that does not make the host wait for an accelerator.
+
+    Raises:
+        ValueError: the shape fits neither the axes nor the samples, or a value is not positive.
+    """
+    spacing = torch.as_tensor(spacing_mm, dtype=dtype)
+    dims = probs.dim() - 2
+    fits = spacing.shape in ((dims,), (probs.shape[0], dims))
+    if not fits or (spacing.device.type == "cpu" and not bool((spacing > 0).all())):
+        raise ValueError(
+            f"spacing_mm: expected {dims} positive values, or one row of {dims} for each of the {probs.shape[0]} "
+            f"samples, got shape {tuple(spacing.shape)}: {spacing.tolist()}."
+        )
+    return spacing.view(-1, dims).to(probs.device)
+
+
+def chosen_pairs(pairs: Sequence[Sequence[int]], probs: Tensor) -> tuple[list[int], list[int]]:
+    """First and second classes of the pairs of a relation.
+
+    Raises:
+        ValueError: no pairs, or a class that does not exist.
+    """
+    classes = probs.shape[1]
+    rows = np.asarray(pairs)
+    if rows.shape != (len(rows) if rows.ndim else 0, 2) or rows.dtype.kind not in "iu" or not len(rows):
+        raise ValueError(f"pairs: expected pairs of class indices, such as [[1, 2]], got {pairs!r}.")
+    if not ((rows >= 0) & (rows < classes)).all():
+        raise ValueError(
+            f"pairs: expected class indices 0..{classes - 1}, got {pairs!r}: a class that does not exist; the "
+            "background is class 0."
+        )
+    return rows[:, 0].tolist(), rows[:, 1].tolist()
+
+
+def relation(function: _Function) -> _Function:
+    """Mark a statistic whose second axis counts pairs of classes, (B, R, M): losses then drop no background row."""
+    marked: Any = function
+    marked.per_class = False
+    return function
