@@ -13,13 +13,48 @@ from medconstraints.reports.tables import results_table, update_markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 ORGAN = "hippocampus"
+FULL = "box_prior_full.json"
 RUNS = {
-    "Full labels": "box_prior_full.json",
+    "Full labels": FULL,
     "A box per slice (shipped weights)": "box_prior_slice_published.json",
     "A box per slice, fitted size bounds": "box_prior_slice_fitted.json",
     "One 3D box, fitted size bounds": "box_prior_box3d.json",
     "Full labels, seed 1": "box_prior_full_seed1.json",
     "A box per slice, seed 1": "box_prior_slice_seed1.json",
+}
+
+
+# Rows of the other bundles' tables; the runs with full labels share network, epochs, augmentation and optimiser.
+SIZE_RUNS = {
+    "Full labels": FULL,
+    "Points and sizes (shipped weights)": "size_constraint_hippocampus.json",
+    "Points and sizes, seed 1": "size_constraint_hippocampus_seed1.json",
+    "Points alone": "size_constraint_hippocampus_points.json",
+}
+BARRIER_RUNS = {
+    "Full labels": FULL,
+    "Points, sizes and centroids (shipped weights)": "log_barrier_hippocampus.json",
+    "Points, sizes and centroids, penalty": "log_barrier_hippocampus_penalty.json",
+}
+# Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
+ACDC_ROWS = {
+    "Partial cross-entropy": ("partial", "0.150"),
+    "+ tags": ("tags", "0.792"),
+    "+ tags, Lagrangian proposals": ("proposals_tags", "0.771"),
+    "+ common size": ("common", "0.800"),
+    "+ common size, Lagrangian proposals": ("proposals_common", "0.785"),
+    "+ individual size": ("individual", "0.871"),
+    "+ individual size, Lagrangian proposals": ("proposals_individual", "0.790"),
+    "+ size of the volume": ("volume", "0.858"),
+    "Full labels": ("full", "0.887"),
+}
+TOY_ROWS = {
+    "Lagrangian": "0.005",
+    "ReLU Lagrangian": "0.798",
+    "Penalty": "0.712",
+    "Augmented Lagrangian": "-",
+    "Log-barrier": "0.945",
+    "Full labels": "0.998",
 }
 
 
@@ -34,25 +69,99 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def goal() -> str:
-    """Share of the Dice of full labels that boxes reach."""
-    dice = {label: load(name)["summary"][ORGAN]["dice_mean"] for label, name in RUNS.items()}
-    full = {"seed 1": dice.pop("Full labels, seed 1"), "": dice.pop("Full labels")}
+def goal(runs: dict[str, str]) -> str:
+    """Share of the Dice of full labels that weak labels reach."""
+    dice = {label: load(name)["summary"][ORGAN]["dice_mean"] for label, name in runs.items()}
+    full = {label.removeprefix("Full labels").strip(", "): dice.pop(label) for label in list(dice) if "Full" in label}
     parts = [
-        f"{label[0].lower() + label[1:]} {100 * value / full['seed 1' if 'seed 1' in label else '']:.1f} %"
+        f"{label[0].lower() + label[1:]} {100 * value / full[seed]:.1f} %"
         for label, value in dice.items()
+        if (seed := "seed 1" if "seed 1" in label and "seed 1" in full else "") in full
     ]
-    return "Share of the Dice of full labels (same seed), whole hippocampus: " + "; ".join(parts) + "."
+    return "Share of the Dice of full labels, whole hippocampus: " + "; ".join(parts) + "."
 
 
-def training() -> str:
+def training(bundle: str) -> str:
     """How long the trainings took."""
-    content = load("box_prior_training_seconds.json")
+    content = load(f"{bundle}_training_seconds.json")
     seconds = content["seconds"].values()
     return (
         f"The trainings took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes each, {content['machine']}; "
         f"{content['date']}."
     )
+
+
+def acdc() -> tuple[str, str]:
+    """The left ventricle at each level of supervision, and how near the individual sizes come to full labels."""
+    seconds = load("size_constraint_training_seconds.json")["seconds"]
+    rows, dice = [], {}
+    for label, (name, paper) in ACDC_ROWS.items():
+        row = load(f"size_constraint_acdc_{name}.json")["summary"]["left ventricle"]
+        dice[name] = row["dice_mean"]
+        minutes = f"{seconds[f'acdc_{name}'] / 60:.1f}"
+        rows.append([label, f"{row['dice_mean']:.3f} ({row['dice_sd']:.3f})", minutes, paper])
+    share = 100 * dice["individual"] / dice["full"]
+    text = f"Individual sizes reach {share:.1f} % of full labels (goal 98 %; the thesis: {100 * 0.871 / 0.887:.1f} %)."
+    return table(["Supervision", "Dice, test", "Minutes of training", "Dice, thesis"], rows), text
+
+
+def toy() -> tuple[str, str]:
+    """The discs with each formulation, and whether the log-barrier is ahead."""
+    content = load("log_barrier_toy.json")
+    seconds = load("log_barrier_training_seconds.json")["seconds"]
+    settings = load("log_barrier_toy_settings.json")["settings"]
+    rows = []
+    for label, paper in TOY_ROWS.items():
+        row = content["summary"][label]
+        cells = [
+            f"{row[f'{column}_mean']:.3f} ({row[f'{column}_sd']:.3f})" if row.get(f"{column}_mean") is not None else "-"
+            for column in ("val_mean_dice", "satisfied", "stability")
+        ]
+        minutes = seconds[f"toy_{label.lower().replace('-', '_').replace(' ', '_')}"] / 60
+        rows.append([label, settings[label], *cells, f"{minutes:.1f}", paper])
+    dice = {label: content["summary"][label]["val_mean_dice_mean"] for label in TOY_ROWS if label != "Full labels"}
+    best = max(dice, key=lambda label: dice[label])
+    text = (
+        f"Goal: the log-barrier at least 0.945 and ahead of every other formulation. Here it reaches "
+        f"{dice['Log-barrier']:.3f}; the best formulation is: {best}."
+    )
+    header = ["Formulation", "Setting", "Dice", "Satisfied", "Stability", "Minutes of training", "Dice, thesis"]
+    return table(header, rows), text
+
+
+def constraint_benchmarks() -> str:
+    """Time and memory of the constraint losses, of the formulations, and of an epoch."""
+    loss, epoch = load("benchmark_constraint_loss.json"), load("benchmark_constraint_epoch.json")
+    rows = [
+        [
+            row["case"],
+            " x ".join(map(str, row["shape"])),
+            f"{row['ratio_from_probabilities']:.2f}x",
+            f"{row['ratio_from_logits']:.2f}x",
+            f"{row['ratio_size_alone']:.2f}x",
+            f"{row['peak_memory_over_probabilities']:.2f}x",
+        ]
+        for row in loss["rows"]
+        if "case" in row
+    ]
+    header = ["Constraints", "Input", "From probabilities", "From logits", "Size alone", "Peak memory"]
+    lines = [table(header, rows), ""]
+    lines += ["Goal: at most 0.6x from probabilities.", ""]
+    costs = [row for row in loss["rows"] if "formulation" in row]
+    counts = list(costs[0]["ms_by_constraints"])
+    cells = [[row["formulation"], *(f"{1e3 * row['ms_by_constraints'][n]:.0f}" for n in counts)] for row in costs]
+    lines += [table(["Microseconds for so many constraints", *counts], cells), ""]
+    cells = [[row["case"], f"{row['ratio']:.3f}x"] for row in epoch["rows"]]
+    lines += [table(["One epoch of the bundle", "Against cross-entropy on full labels"], cells), ""]
+    lines += ["Goals: log-barrier at most 1.02x, Lagrangians at most 1.10x, proposals at most 1.5x."]
+    for result in (loss, epoch):
+        where = result["environment"]
+        lines.append("")
+        lines.append(
+            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
+            f"{where['device']} ({where['processor']})."
+        )
+    return "\n".join(lines)
 
 
 def filling() -> tuple[str, str]:
@@ -106,26 +215,38 @@ def benchmarks() -> str:
     return "\n".join(lines)
 
 
-def evaluation_metrics() -> dict[str, float]:
-    """Scores of the shipped weights on the test list, for the bundle's metadata."""
-    summary = load(RUNS["A box per slice (shipped weights)"])["summary"]
-    return {
+SHIPPED = {
+    "box_prior": RUNS["A box per slice (shipped weights)"],
+    "size_constraint": SIZE_RUNS["Points and sizes (shipped weights)"],
+    "log_barrier": BARRIER_RUNS["Points, sizes and centroids (shipped weights)"],
+}
+
+
+def update_metadata(bundle: str, *, check: bool) -> bool:
+    """Write the scores of the shipped weights on the test list into the bundle's metadata; whether it changes."""
+    summary = load(SHIPPED[bundle])["summary"]
+    path = ROOT / "bundles" / bundle / "configs" / "metadata.json"
+    before = path.read_text(encoding="utf-8")
+    content = json.loads(before)
+    content["eval_metrics"] = {
         f"{name}_{metric}": round(summary[name][f"{metric}_mean"], 3)
         for name in summary
         for metric in ("dice", "hd95_mm")
     }
-
-
-def update_metadata(*, check: bool) -> bool:
-    """Write the scores into the bundle's metadata.json; whether it changes."""
-    path = ROOT / "bundles" / "box_prior" / "configs" / "metadata.json"
-    before = path.read_text(encoding="utf-8")
-    content = json.loads(before)
-    content["eval_metrics"] = evaluation_metrics()
     after = json.dumps(content, indent=4) + "\n"
     if before != after and not check:
         path.write_text(after, encoding="utf-8")
     return before != after
+
+
+def readme(bundle: str) -> Path:
+    """The bundle's README."""
+    return ROOT / "bundles" / bundle / "docs" / "README.md"
+
+
+def files(runs: dict[str, str]) -> dict[str, Path]:
+    """Results files of the rows of a table."""
+    return {label: RESULTS / name for label, name in runs.items()}
 
 
 def main() -> int:
@@ -133,19 +254,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a table would change")
     args = parser.parse_args()
-    bundle = ROOT / "bundles" / "box_prior" / "docs" / "README.md"
     ratios, conclusion = filling()
+    levels, level_goal = acdc()
+    discs, disc_goal = toy()
+    box, size, barrier = readme("box_prior"), readme("size_constraint"), readme("log_barrier")
     tables = [
-        (bundle, "results", results_table({label: RESULTS / name for label, name in RUNS.items()})),
-        (bundle, "goal", goal()),
-        (bundle, "training", training()),
-        (bundle, "filling", ratios),
-        (bundle, "filling_conclusion", conclusion),
+        (box, "results", results_table(files(RUNS))),
+        (box, "goal", goal(RUNS)),
+        (box, "training", training("box_prior")),
+        (box, "filling", ratios),
+        (box, "filling_conclusion", conclusion),
+        (size, "results", results_table(files(SIZE_RUNS))),
+        (size, "goal", goal(SIZE_RUNS)),
+        (size, "training", training("size_constraint")),
+        (size, "acdc", levels),
+        (size, "acdc_goal", level_goal),
+        (barrier, "results", results_table(files(BARRIER_RUNS))),
+        (barrier, "goal", goal(BARRIER_RUNS)),
+        (barrier, "training", training("log_barrier")),
+        (barrier, "toy", discs),
+        (barrier, "toy_goal", disc_goal),
         (ROOT / "docs" / "benchmarks.md", "box_prior", benchmarks()),
+        (ROOT / "docs" / "benchmarks.md", "constraints", constraint_benchmarks()),
     ]
     changed = [name for path, name, text in tables if update_markdown(path, name, text, check=args.check)]
-    if update_metadata(check=args.check):
-        changed.append("metadata")
+    changed += [f"metadata of {bundle}" for bundle in SHIPPED if update_metadata(bundle, check=args.check)]
     sys.stdout.write(f"{'stale' if args.check else 'written'}: {', '.join(changed) or 'nothing'}\n")
     return int(args.check and bool(changed))
 

@@ -149,6 +149,7 @@ def bounds_from(
     margin: float = 0.1,
     margin_voxels: float = 20,
     common_bounds: Any = None,
+    whole_image: bool = True,
 ) -> list[Callable[..., Any]]:
     """What is known of each object, as bounds of a statistic; put it after spatial augmentation.
 
@@ -161,9 +162,11 @@ def bounds_from(
         margin: of individual sizes, a share.
         margin_voxels: of centroids.
         common_bounds: for "common": bounds, or the path of the file `medconstraints.transforms.common_bounds` writes.
+        whole_image: False when the network gets crops that may cut an object whose size is in the datalist: then only
+            the upper bound holds.
 
     Raises:
-        ValueError: an unknown level or source, or sizes in the datalist with another level than "individual" or "none".
+        ValueError: an unknown level or source, or sizes in the datalist with another level than "individual".
     """
     if source == "label":
         return [
@@ -184,7 +187,9 @@ def bounds_from(
             f'level: sizes in the datalist are "individual" ones, got {level!r} of the statistic {statistic!r}; use '
             'source "label" for the others.'
         )
-    return [ItemToBoundsd(bounds_key=bounds_key, num_classes=num_classes, margin=margin)]
+    return [
+        ItemToBoundsd(bounds_key=bounds_key, num_classes=num_classes, margin=margin, whole_image=whole_image)
+    ]
 
 
 def inference_postprocessing(

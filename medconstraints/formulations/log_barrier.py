@@ -14,7 +14,7 @@ _LARGEST_T = 1e30
 
 
 class LogBarrierExtension(nn.Module):
-    """Log-barrier extension psi_t (Kervadec 2020, eq. 3.3 and 6.5).
+    """Log-barrier extension psi_t (Kervadec 2020, eq. 3.9 and 6.5).
 
     psi_t(z) = -log(-z) / t                   for z <= -1 / t^2,
     psi_t(z) = t z - log(1 / t^2) / t + 1 / t  otherwise.

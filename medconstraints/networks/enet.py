@@ -64,9 +64,10 @@ class ENet(nn.Module):
         out_channels: classes, background included; the output is logits.
         channels: width at scale 1/2, 1/4 and 1/8; multiples of 4, the first larger than `in_channels`.
         dropout: probability of spatial dropout in `down1` and `stage1`, and in all later bottlenecks; in [0, 1).
-        head: "transposed", as published, or "interpolated": a 3x3 convolution at half scale, then linear interpolation.
-            The kernel of a transposed convolution treats even and odd pixels differently, and a constraint on the whole
-            image, such as a size, does not tell them apart: without voxel labels the prediction becomes a checkerboard.
+        upsampling: "transposed", as published, or "interpolated": each transposed convolution becomes a 3x3 convolution
+            and linear interpolation, and the max unpool linear interpolation too. The kernel of a transposed convolution treats even and odd pixels differently, and
+            a constraint on the whole image, such as a size, does not tell them apart: without voxel labels the
+            prediction becomes a checkerboard, or stripes.
 
     Shape:
         Input (B, in_channels, *S), output (B, out_channels, *S), with `spatial_dims` axes S of any size >= 1.
@@ -88,7 +89,7 @@ class ENet(nn.Module):
         *,
         channels: Sequence[int] = (16, 64, 128),
         dropout: Sequence[float] = (0.01, 0.1),
-        head: str = "transposed",
+        upsampling: str = "transposed",
     ) -> None:
         super().__init__()
         if not (_is_int(spatial_dims) and spatial_dims in (2, 3)):
@@ -119,8 +120,8 @@ class ENet(nn.Module):
             raise ValueError(
                 f"dropout: expected two probabilities in [0, 1), for stage 1 and for the later ones, got {dropout!r}."
             )
-        if head not in ("transposed", "interpolated"):
-            raise ValueError(f'head: expected "transposed" or "interpolated", got {head!r}.')
+        if upsampling not in ("transposed", "interpolated"):
+            raise ValueError(f'upsampling: expected "transposed" or "interpolated", got {upsampling!r}.')
         self.spatial_dims = spatial_dims
         dims, (fine, middle, coarse), (early, late) = spatial_dims, channels, dropout
 
@@ -130,16 +131,13 @@ class ENet(nn.Module):
         self.down2 = _Down(dims, middle, coarse, late)
         self.stage2 = nn.Sequential(*(_Bottleneck(dims, coarse, kind, late) for kind in _CONTEXT))
         self.stage3 = nn.Sequential(*(_Bottleneck(dims, coarse, kind, late) for kind in _CONTEXT))
-        self.up4 = _Up(dims, coarse, middle, late)
+        self.up4 = _Up(dims, coarse, middle, late, upsampling)
         self.stage4 = nn.Sequential(*(_Bottleneck(dims, middle, "regular", late) for _ in range(2)))
-        self.up5 = _Up(dims, middle, fine, late)
+        self.up5 = _Up(dims, middle, fine, late, upsampling)
         self.stage5 = nn.Sequential(_Bottleneck(dims, fine, "regular", late))
         self.head: nn.Module = Conv["convtrans", dims](fine, out_channels, 3, stride=2, padding=1, output_padding=1)
-        if head == "interpolated":
-            self.head = nn.Sequential(
-                Conv["conv", dims](fine, out_channels, 3, padding=1),
-                nn.Upsample(scale_factor=2, mode="bilinear" if dims == 2 else "trilinear", align_corners=False),
-            )
+        if upsampling == "interpolated":
+            self.head = nn.Sequential(Conv["conv", dims](fine, out_channels, 3, padding=1), _doubled(dims))
         if dims == 2:
             # The layout of the weights becomes that of all features: a training step on a CPU is a tenth
             # faster. In 3D it makes no difference.
@@ -219,11 +217,15 @@ class _Down(nn.Module):
 class _Up(nn.Module):
     """Bottleneck that doubles every axis, putting values back at the positions that a `_Down` has found."""
 
-    def __init__(self, dims: int, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, dims: int, in_channels: int, out_channels: int, dropout: float, upsampling: str) -> None:
         super().__init__()
         width = out_channels // _REDUCTION
         reduce = Conv["conv", dims](in_channels, width, 1, bias=False)
         main = Conv["convtrans", dims](width, width, 3, stride=2, padding=1, output_padding=1, bias=False)
+        self.interpolate: nn.Module | None = None
+        if upsampling == "interpolated":
+            self.interpolate = _doubled(dims)
+            main = nn.Sequential(_main_conv(dims, width, "regular"), _doubled(dims))
         self.extension = _extension(dims, reduce, main, width, out_channels, dropout)
         self.conv = Conv["conv", dims](in_channels, out_channels, 1, bias=False)
         self.norm = Norm["batch", dims](out_channels, eps=_NORM_EPS)
@@ -232,6 +234,8 @@ class _Up(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(B, in_channels, *S) and positions (B, out_channels, *S) to (B, out_channels, 2 S)."""
         values, extension = self.norm(self.conv(x)), self.extension(x)
+        if self.interpolate is not None:
+            return self.act(extension + self.interpolate(values))
         # As max_unpool, which refuses to run under use_deterministic_algorithms(True), because positions of overlapping
         # windows may coincide. These windows do not overlap.
         unpooled = torch.zeros_like(extension).flatten(2).scatter(2, positions.flatten(2), values.flatten(2))
@@ -281,6 +285,11 @@ def _main_conv(dims: int, width: int, kind: str | int) -> nn.Module:
         return nn.Sequential(*(conv(width, width, k, padding=tuple(n // 2 for n in k), bias=False) for k in kernels))
     dilation = 1 if kind == "regular" else int(kind)
     return conv(width, width, 3, padding=dilation, dilation=dilation, bias=False)
+
+
+def _doubled(dims: int) -> nn.Module:
+    """Linear interpolation to twice the size."""
+    return nn.Upsample(scale_factor=2, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
 
 
 def _extended(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ __all__ = ["soft_size", "soft_volume_size"]
 
 
 def soft_size(probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Sum of the probabilities of each class (Kervadec 2020, eq. 2.2: V = sum_p s_p).
+    """Sum of the probabilities of each class (Kervadec 2020, eq. 3.11: V = sum_p s_p).
 
     Args:
         probs: probabilities, shape (B, C, *S), D = 2 or 3 spatial axes, floating point.

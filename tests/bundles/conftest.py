@@ -1,11 +1,15 @@
 """Running bundles in this process, on a few tiny phantoms."""
 
+import csv
+import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
 from medconstraints.data import make_cohort
@@ -41,13 +45,24 @@ def make_workflow() -> Callable[..., ConfigWorkflow]:
 
 @pytest.fixture(scope="session")
 def run_bundle(make_workflow: Callable[..., ConfigWorkflow]) -> Callable[..., ConfigWorkflow]:
-    """Initialise, run and finalise; returns the workflow, whose properties hold the engines."""
+    """Initialise, run and finalise; returns the workflow, whose properties hold the engines.
 
-    def run(bundle: Path, configs: str | Sequence[str] = "train", **overrides: Any) -> ConfigWorkflow:
+    `before_run` is called with the workflow when all is there and nothing has run.
+    """
+
+    def run(
+        bundle: Path,
+        configs: str | Sequence[str] = "train",
+        *,
+        before_run: Callable[[ConfigWorkflow], Any] | None = None,
+        **overrides: Any,
+    ) -> ConfigWorkflow:
         workflow = make_workflow(bundle, configs, **overrides)
         path = list(sys.path)  # MONAI puts the bundle in front
         try:
             workflow.initialize()
+            if before_run is not None:
+                before_run(workflow)
             workflow.run()
             workflow.finalize()
         finally:
@@ -55,6 +70,71 @@ def run_bundle(make_workflow: Callable[..., ConfigWorkflow]) -> Callable[..., Co
         return workflow
 
     return run
+
+
+@pytest.fixture(scope="session")
+def parsed(make_workflow: Callable[..., ConfigWorkflow]) -> Callable[..., Any]:
+    """One id of a training config, parsed and not run: `parsed(bundle, "train", "train#dataset", ...)`."""
+
+    def get(bundle: Path, configs: str | Sequence[str], wanted: str, **overrides: Any) -> Any:
+        workflow = make_workflow(bundle, configs, **overrides)
+        workflow.parser.parse(reset=True)
+        return workflow.parser.get_parsed_content(wanted)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cut_off() -> Callable[[int, int], Callable[[ConfigWorkflow], None]]:
+    """For `before_run`: the run is killed in an epoch, after an iteration (counted from the start of the run)."""
+
+    def at(epoch: int, iteration: int) -> Callable[[ConfigWorkflow], None]:
+        def stop(engine: Engine) -> None:
+            if engine.state.epoch == epoch and engine.state.iteration == iteration:
+                raise InterruptedError("cut off")
+
+        return lambda workflow: workflow.trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
+
+    return at
+
+
+@pytest.fixture(scope="session")
+def messages() -> Callable[[BaseException | None], str]:
+    """Messages of an exception and of its causes, as a traceback shows them."""
+
+    def chain(error: BaseException | None) -> str:
+        lines = []
+        while error is not None:
+            lines.append(f"{type(error).__name__}: {error}")
+            error = error.__cause__ or error.__context__
+        return "\n".join(lines)
+
+    return chain
+
+
+@pytest.fixture(scope="session")
+def read_table() -> Callable[[Path], list[dict[str, str]]]:
+    """Rows of a CSV file."""
+
+    def read(path: Path) -> list[dict[str, str]]:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def copy_cohort() -> Callable[..., Path]:
+    """Copy a cohort into a new folder and spoil it: `edit(folder, content)` changes its files and its datalist."""
+
+    def copy(datalist: Path, folder: Path, edit: Callable[[Path, dict[str, Any]], Any]) -> Path:
+        shutil.copytree(datalist.parent, folder)
+        content = json.loads(datalist.read_text())
+        edit(folder, content)
+        (folder / datalist.name).write_text(json.dumps(content))
+        return folder / datalist.name
+
+    return copy
 
 
 @pytest.fixture(scope="session")

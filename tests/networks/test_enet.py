@@ -222,7 +222,7 @@ def test_prelu_second_derivatives():
 def test_unpool_is_that_of_torch(dims):
     x = torch.rand(2, 8, *(8, 6, 4)[:dims])
     coarse, positions = _Down(dims, 8, 16, 0.0).eval()(x)
-    up = _Up(dims, 16, 8, 0.0).eval()
+    up = _Up(dims, 16, 8, 0.0, "transposed").eval()
     unpool = (F.max_unpool2d, F.max_unpool3d)[dims - 2]
     expected = up.act(unpool(up.norm(up.conv(coarse)), positions, 2) + up.extension(coarse))
     assert torch.allclose(up(coarse, positions), expected)
