@@ -187,9 +187,7 @@ def bounds_from(
             f'level: sizes in the datalist are "individual" ones, got {level!r} of the statistic {statistic!r}; use '
             'source "label" for the others.'
         )
-    return [
-        ItemToBoundsd(bounds_key=bounds_key, num_classes=num_classes, margin=margin, whole_image=whole_image)
-    ]
+    return [ItemToBoundsd(bounds_key=bounds_key, num_classes=num_classes, margin=margin, whole_image=whole_image)]
 
 
 def inference_postprocessing(

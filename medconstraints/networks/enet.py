@@ -65,9 +65,9 @@ class ENet(nn.Module):
         channels: width at scale 1/2, 1/4 and 1/8; multiples of 4, the first larger than `in_channels`.
         dropout: probability of spatial dropout in `down1` and `stage1`, and in all later bottlenecks; in [0, 1).
         upsampling: "transposed", as published, or "interpolated": each transposed convolution becomes a 3x3 convolution
-            and linear interpolation, and the max unpool linear interpolation too. The kernel of a transposed convolution treats even and odd pixels differently, and
-            a constraint on the whole image, such as a size, does not tell them apart: without voxel labels the
-            prediction becomes a checkerboard, or stripes.
+            and linear interpolation, and the max unpool linear interpolation too. The kernel of a transposed
+            convolution treats even and odd pixels differently, and a constraint on the whole image, such as a size,
+            does not tell them apart: without voxel labels the prediction becomes a checkerboard, or stripes.
 
     Shape:
         Input (B, in_channels, *S), output (B, out_channels, *S), with `spatial_dims` axes S of any size >= 1.

@@ -309,3 +309,31 @@ def test_wrong_arguments(arguments, options, message):
 def test_wrong_number_of_axes(dims, shape):
     with pytest.raises(ValueError, match=rf"x: expected \(B, C, \*S\) with {dims} spatial axes, got shape"):
         ENet(dims, 1, 2, channels=SMALL)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_interpolating_decoder_makes_no_checkerboard(dims):
+    """An image without structure: neighbours differ by the parity of their place with transposed convolutions only."""
+
+    def ripple(upsampling):
+        network = ENet(dims, 1, 2, channels=(4, 8, 16), upsampling=upsampling).eval()
+        with torch.no_grad():
+            logits = network(torch.ones(1, 1, *(48,) * dims))[(..., *(slice(16, 32),) * dims)]
+        return (logits[..., 2:] - 2 * logits[..., 1:-1] + logits[..., :-2]).abs().mean()
+
+    assert ripple("transposed") > 20 * ripple("interpolated")
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_interpolating_network_can_be_scripted_and_trained(dims):
+    network = ENet(dims, 1, 2, channels=(4, 8, 16), upsampling="interpolated")
+    image = torch.randn(2, 1, *(19,) * dims)
+    network(image).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    network.eval()
+    torch.testing.assert_close(torch.jit.script(network)(image), network(image))
+
+
+def test_unknown_upsampling_is_refused():
+    with pytest.raises(ValueError, match=r'upsampling: expected "transposed" or "interpolated", got \'nearest\''):
+        ENet(2, 1, 2, upsampling="nearest")
