@@ -1,5 +1,7 @@
 """The bundle log_barrier from end to end, on tiny phantoms and discs: each formulation of sizes and centroids."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -166,12 +168,14 @@ def test_another_formulation_does_not_take_the_run_over(formulated, bundle, run_
     assert (output / "last.pt").read_bytes() == before
 
 
+@pytest.mark.xfail(reason="a KeyError of the expression that looks it up", strict=True)
 def test_an_unknown_formulation_is_named(bundle, run_bundle, two_class_cohort, tmp_path, messages):
     options = {"dataset_dir": two_class_cohort.parent, "output_dir": tmp_path, "formulation": "barrier"}
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         run_bundle(bundle, **TRAIN | options)
-    assert "KeyError: 'barrier'" in messages(caught.value)
     assert not (tmp_path / "last.pt").exists()
+    expected = r"formulation: expected one of .*augmented_lagrangian.*, got 'barrier'"
+    assert re.search(expected, messages(caught.value)), messages(caught.value)
 
 
 # Bounds
