@@ -217,6 +217,9 @@ class LabelToBoundsd(MapTransform):
         """Add the bounds to a copy of `data`."""
         item = dict(data)
         full = is_fully_labelled(item, self.full_key)
+        if self.level == "none" and self.statistic == "size" and not set(self.keys) & set(item):
+            item[self.bounds_key] = _free(self.num_classes, 1)  # nothing is looked up in the label
+            return item
         for key in self.key_iterator(item):
             item[self.bounds_key] = self._bounds(item[key], key, free=full or self.level == "none")
         return item

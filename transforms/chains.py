@@ -19,6 +19,7 @@ from monai.transforms import (
     Spacingd,
 )
 
+from medconstraints.data.flags import read_flag
 from medconstraints.transforms.bounds import ItemToBoundsd, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
@@ -128,8 +129,16 @@ def weak_labels_from(
     Raises:
         ValueError: an unknown source.
     """
+    background = read_flag("background", background)
     if source == "points":
-        return [RandomPointLabeld(radius_voxels=radius_voxels, slice_axis=slice_axis, background=background, seed=seed)]
+        return [
+            RandomPointLabeld(
+                radius_voxels=radius_voxels,
+                slice_axis=slice_axis,
+                background=background,
+                seed=seed,
+            )
+        ]
     if source == "erosion":
         return [ErodeLabeld(kernel_voxels=kernel_voxels, slice_axis=slice_axis)]
     if source == "scribble":
@@ -154,7 +163,8 @@ def bounds_from(
     """What is known of each object, as bounds of a statistic; put it after spatial augmentation.
 
     Args:
-        level: "none" (no bounds), "tags" (present or absent), "common" or "individual", see `LabelToBoundsd`.
+        level: "none" (no bounds, and no label is needed), "tags" (present or absent), "common" or "individual", see
+            `LabelToBoundsd`.
         num_classes: classes of the network with the background.
         source: "label", or "items" for sizes in the datalist (`size_ml` or `size_bounds_ml`, see `ItemToBoundsd`).
         statistic: "size" or "centroid".
@@ -166,9 +176,9 @@ def bounds_from(
             the upper bound holds.
 
     Raises:
-        ValueError: an unknown level or source, or sizes in the datalist with another level than "individual".
+        ValueError: an unknown level or source, or sizes in the datalist with another level than "individual" or "none".
     """
-    if source == "label":
+    if source == "label" or level == "none":
         return [
             LabelToBoundsd(
                 bounds_key=bounds_key,
@@ -187,7 +197,14 @@ def bounds_from(
             f'level: sizes in the datalist are "individual" ones, got {level!r} of the statistic {statistic!r}; use '
             'source "label" for the others.'
         )
-    return [ItemToBoundsd(bounds_key=bounds_key, num_classes=num_classes, margin=margin, whole_image=whole_image)]
+    return [
+        ItemToBoundsd(
+            bounds_key=bounds_key,
+            num_classes=num_classes,
+            margin=margin,
+            whole_image=read_flag("whole_image", whole_image),
+        )
+    ]
 
 
 def inference_postprocessing(

@@ -12,6 +12,7 @@ from medconstraints.engines.handler_lists import HandlerList, training_handlers,
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.monitoring import (
     LossTermsHandler,
+    RequireAnnotationHandler,
     RequireBoxesHandler,
     RequireFiniteLossHandler,
     StepFormulationHandler,
@@ -25,6 +26,7 @@ __all__ = [
     "HandlerList",
     "LossTermsHandler",
     "PrepareBatchTargets",
+    "RequireAnnotationHandler",
     "RequireBoxesHandler",
     "RequireFiniteLossHandler",
     "RestoreLabelHandler",

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler
 from medconstraints.engines.monitoring import (
     LossTermsHandler,
+    RequireAnnotationHandler,
     RequireBoxesHandler,
     RequireFiniteLossHandler,
     StepFormulationHandler,
@@ -67,6 +68,7 @@ def training_handlers(
     monitors: Sequence[Any] = (),
     val_interval: int = 1,
     boxes_key: str | None = None,
+    annotation_key: str | None = None,
     validate: bool = True,
     settings: Mapping[str, Any] | None = None,
     rank: int = 0,
@@ -86,6 +88,7 @@ def training_handlers(
             `ConstraintMetricsHandler`, and `DualPassHandler` behind it; what state they have is kept for a resumed run.
         val_interval: epochs between validations.
         boxes_key: key of the boxes, when training needs them, see `RequireBoxesHandler`.
+        annotation_key: key of the weak labels, when training needs them, see `RequireAnnotationHandler`.
         validate: False when there is nothing to validate with: the evaluator is not run, and `output_dir/model.pt` gets
             the weights of the latest epoch of `objects["network"]`.
         settings: what must not change when the run is resumed, see `ResumeHandler`.
@@ -99,6 +102,8 @@ def training_handlers(
     handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
     if boxes_key is not None:
         handlers.append(RequireBoxesHandler(boxes_key))
+    if annotation_key is not None:
+        handlers.append(RequireAnnotationHandler(annotation_key))
     handlers.append(RequireFiniteLossHandler(loss))
     if lr_scheduler is not None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))

@@ -12,7 +12,13 @@ from monai.engines import IterationEvents
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-__all__ = ["LossTermsHandler", "RequireBoxesHandler", "RequireFiniteLossHandler", "StepFormulationHandler"]
+__all__ = [
+    "LossTermsHandler",
+    "RequireAnnotationHandler",
+    "RequireBoxesHandler",
+    "RequireFiniteLossHandler",
+    "StepFormulationHandler",
+]
 
 
 class _HasTerms(Protocol):
@@ -105,6 +111,47 @@ class RequireBoxesHandler:
             raise ValueError(
                 f"{self.key}: not one box in a whole epoch; check that the labels or box files of the training volumes "
                 "hold the class, and that patch_size and spacing_mm leave boxes in the patches."
+            )
+
+
+class RequireAnnotationHandler:
+    """Stops a run whose first epoch had not one annotated voxel: its weak labels would teach nothing.
+
+    In distributed training the voxels of all processes count, and all of them stop.
+
+    Args:
+        key: key of the weak label in the batch, (B, 1, *S).
+        ignore_index: its value where nothing is annotated.
+
+    Raises:
+        ValueError: after the first epoch, when no voxel was annotated.
+    """
+
+    def __init__(self, key: str = "weak_label", ignore_index: int = -1) -> None:
+        self.key = key
+        self.ignore_index = ignore_index
+        self._found = False
+        self._judged = False
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._look)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
+
+    def _look(self, engine: Engine) -> None:
+        if not self._found:
+            self._found = bool((engine.state.batch[self.key] != self.ignore_index).any())
+
+    def _judge(self, engine: Engine) -> None:
+        if self._judged:
+            return
+        self._judged = True
+        self._found = bool(idist.all_reduce(float(self._found), op="MAX"))
+        if not self._found:
+            raise ValueError(
+                f"{self.key}: not one annotated voxel in a whole epoch; check that the labels or scribbles of the "
+                "training volumes hold the classes, and their value for what is not annotated. To train on constraints "
+                "alone, set annotation_key to None."
             )
 
 

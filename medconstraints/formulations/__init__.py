@@ -1,7 +1,15 @@
 """Formulations turn a constraint residual (`<= 0` when satisfied) into a cost, elementwise."""
 
+from medconstraints.formulations.choice import chosen_formulation
 from medconstraints.formulations.lagrangian import AugmentedLagrangian, Lagrangian, ReLULagrangian
 from medconstraints.formulations.log_barrier import LogBarrierExtension
 from medconstraints.formulations.penalty import QuadraticPenalty
 
-__all__ = ["AugmentedLagrangian", "Lagrangian", "LogBarrierExtension", "QuadraticPenalty", "ReLULagrangian"]
+__all__ = [
+    "AugmentedLagrangian",
+    "Lagrangian",
+    "LogBarrierExtension",
+    "QuadraticPenalty",
+    "ReLULagrangian",
+    "chosen_formulation",
+]

@@ -168,7 +168,6 @@ def test_another_formulation_does_not_take_the_run_over(formulated, bundle, run_
     assert (output / "last.pt").read_bytes() == before
 
 
-@pytest.mark.xfail(reason="a KeyError of the expression that looks it up", strict=True)
 def test_an_unknown_formulation_is_named(bundle, run_bundle, two_class_cohort, tmp_path, messages):
     options = {"dataset_dir": two_class_cohort.parent, "output_dir": tmp_path, "formulation": "barrier"}
     with pytest.raises(RuntimeError, match="Failed to") as caught:
