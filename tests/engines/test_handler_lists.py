@@ -244,3 +244,44 @@ def test_nothing_is_saved_of_an_epoch_with_a_nan(make_run, tmp_path):
     with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms .*prior"):
         trainer.run()
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+class Counter:
+    """A monitor that counts epochs, and has to see them before the formulation moves on."""
+
+    def __init__(self, barrier):
+        self.barrier = barrier
+        self.seen: list[float] = []
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: self.seen.append(float(self.barrier.t)))
+
+    def state_dict(self):
+        return {"seen": torch.tensor(self.seen)}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"].tolist()
+
+
+def test_monitors_look_before_the_step_and_are_resumed(make_trainer, items, tmp_path):
+    def run(max_epochs):
+        barrier = LogBarrierExtension(t=2.0, factor=2.0)
+        loss = CombinedLoss({"prior": BoxPriorLoss(barrier, sigmoid=True, width=1)}, keys={"prior": "boxes"})
+        monitor = Counter(barrier)
+        network = nn.Conv2d(1, 1, 1)
+        handlers = training_handlers(
+            loss=loss,
+            evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
+            objects={"network": network, "loss": loss},
+            output_dir=str(tmp_path),
+            seed=0,
+            dataset=None,
+            formulation=[barrier],
+            monitors=[monitor],
+            validate=False,
+        )
+        make_trainer(items, max_epochs=max_epochs, loss_function=loss, handlers=handlers).run()
+        return monitor.seen
+
+    assert run(2) == [2.0, 4.0]
+    assert run(3) == [2.0, 4.0, 8.0]

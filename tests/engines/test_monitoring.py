@@ -9,6 +9,7 @@ from torch import nn
 
 from medconstraints.engines import (
     LossTermsHandler,
+    RequireAnnotationHandler,
     RequireBoxesHandler,
     RequireFiniteLossHandler,
     RestoreLabelHandler,
@@ -188,3 +189,46 @@ def test_all_processes_stop(make_trainer, items, other_process, mean_loss):
     with pytest.raises(RuntimeError, match=r"NaN or infinite in epoch 1, in its terms twice;"):
         make_trainer(items, handlers=[RequireFiniteLossHandler(mean_loss)]).run()
     assert calls == ["SUM"]
+
+
+# RequireAnnotationHandler
+
+
+def weakly_labelled(items, voxels):
+    """The items with `voxels` annotated voxels in the last one."""
+    labelled = [item | {"weak_label": torch.full((1, 2, 2), -1.0)} for item in items]
+    labelled[-1]["weak_label"].view(-1)[:voxels] = 1
+    return labelled
+
+
+def test_no_annotated_voxel_in_the_first_epoch(make_trainer, items):
+    with pytest.raises(ValueError, match=r"weak_label: not one annotated voxel in a whole epoch.*annotation_key"):
+        make_trainer(weakly_labelled(items, 0), handlers=[RequireAnnotationHandler()]).run()
+    make_trainer(weakly_labelled(items, 1), max_epochs=2, handlers=[RequireAnnotationHandler()]).run()
+
+
+def test_another_value_where_nothing_is_annotated(make_trainer, items):
+    handler = RequireAnnotationHandler("label", ignore_index=0)
+    empty = [item | {"label": torch.zeros(1, 2, 2)} for item in items]
+    with pytest.raises(ValueError, match="label: not one annotated voxel"):
+        make_trainer(empty, handlers=[handler]).run()
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(1, 0.0), (0, 1.0), (0, 0.0)])
+def test_processes_agree_on_the_annotation(make_trainer, items, other_process, mine, theirs):
+    other_process(theirs)
+    trainer = make_trainer(weakly_labelled(items, mine), handlers=[RequireAnnotationHandler()])
+    if mine or theirs:
+        trainer.run()
+    else:
+        with pytest.raises(ValueError, match="not one annotated voxel"):
+            trainer.run()
+
+
+# StepFormulationHandler
+
+
+def test_several_formulations_are_stepped_once_each(make_trainer, items, stepper):
+    other = type(stepper)()
+    make_trainer(items, max_epochs=3, handlers=[StepFormulationHandler([stepper, other, stepper])]).run()
+    assert (stepper.steps, other.steps) == (3, 3)

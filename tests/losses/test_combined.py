@@ -127,3 +127,18 @@ def test_a_missing_target_is_named(logits, target):
 def test_refuses_senseless_settings(losses, options, error, words):
     with pytest.raises(error, match=words):
         CombinedLoss(losses, **options)
+
+
+def test_a_loss_with_several_targets_gets_a_mapping(logits):
+    """Parts of the target keep the names that the loss knows them by."""
+
+    class Product(nn.Module):
+        def forward(self, input, target):
+            assert set(target) == {"one", "two"}
+            return input.mean() * target["one"] * target["two"]
+
+    target = {"a": torch.tensor(2.0), "b": torch.tensor(3.0), "c": torch.tensor(5.0)}
+    loss = CombinedLoss({"product": Product()}, keys={"product": {"one": "a", "two": "c"}})
+    torch.testing.assert_close(loss(logits, target), 10 * logits.mean())
+    with pytest.raises(KeyError, match=r"no entry 'd' for the loss 'product'"):
+        CombinedLoss({"product": Product()}, keys={"product": {"one": "a", "two": "d"}})(logits, target)
