@@ -143,8 +143,10 @@ class LabelToBoundsd(MapTransform):
         margin_voxels: of centroids.
         common_bounds: for level "common": one [lower, upper] per foreground class in `units`, or the path of the file
             that `medconstraints.transforms.common_bounds` writes.
-        units: "voxel", or "mm" (mm^D for sizes), with the spacing of the label's affine; the statistic needs its
-            `spacing_mm` then.
+        units: "voxel", or "mm" (mm^D for sizes), with the spacing of the label's affine. The statistic needs the same
+            spacing: it is written to `spacing_key`, (D,), to be given to `ConstraintLoss` as "spacing_mm".
+        spacing_key: key of the spacing, with `units` "mm".
+        image_key: key of the image, which tells the number of axes when `level` is "none" and there is no label.
         full_key: an item whose value here is true gets free bounds, because its whole label trains it (hybrid
             training).
         allow_missing_keys: leave items without a label as they are.
@@ -171,6 +173,8 @@ class LabelToBoundsd(MapTransform):
         margin_voxels: float = 20,
         common_bounds: Sequence[Sequence[float]] | str | PathLike[str] | None = None,
         units: str = "voxel",
+        spacing_key: str = "spacing_mm",
+        image_key: str = "image",
         full_key: str = "fully_labelled",
         allow_missing_keys: bool = False,
     ) -> None:
@@ -208,6 +212,8 @@ class LabelToBoundsd(MapTransform):
         self.num_classes = num_classes
         self.statistic = statistic
         self.level = level
+        self.spacing_key = spacing_key
+        self.image_key = image_key
         self.margin = margin
         self.margin_voxels = margin_voxels
         self.units = units
@@ -217,11 +223,16 @@ class LabelToBoundsd(MapTransform):
         """Add the bounds to a copy of `data`."""
         item = dict(data)
         full = is_fully_labelled(item, self.full_key)
-        if self.level == "none" and self.statistic == "size" and not set(self.keys) & set(item):
-            item[self.bounds_key] = _free(self.num_classes, 1)  # nothing is looked up in the label
+        if self.level == "none" and not set(self.keys) & set(item):
+            # Nothing is looked up in the label; a centroid has as many components as the image has axes.
+            components = 1 if self.statistic == "size" else item[self.image_key].ndim - 1
+            item[self.bounds_key] = _free(self.num_classes, components)
             return item
         for key in self.key_iterator(item):
             item[self.bounds_key] = self._bounds(item[key], key, free=full or self.level == "none")
+            if self.units == "mm":
+                spacing = _spacing_of(item[key], label_name(item[key], key))
+                item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
     def _bounds(self, label: Tensor, key: Hashable, *, free: bool) -> Tensor:

@@ -159,6 +159,7 @@ def bounds_from(
     margin_voxels: float = 20,
     common_bounds: Any = None,
     whole_image: bool = True,
+    units: str = "voxel",
 ) -> list[Callable[..., Any]]:
     """What is known of each object, as bounds of a statistic; put it after spatial augmentation.
 
@@ -174,6 +175,7 @@ def bounds_from(
         common_bounds: for "common": bounds, or the path of the file `medconstraints.transforms.common_bounds` writes.
         whole_image: False when the network gets crops that may cut an object whose size is in the datalist: then only
             the upper bound holds.
+        units: "voxel" or "mm"; with "mm" and source "label" the spacing is written to "spacing_mm".
 
     Raises:
         ValueError: an unknown level or source, or sizes in the datalist with another level than "individual" or "none".
@@ -188,6 +190,7 @@ def bounds_from(
                 margin=margin,
                 margin_voxels=margin_voxels,
                 common_bounds=common_bounds if level == "common" else None,
+                units=units,
             )
         ]
     if source != "items":
@@ -203,6 +206,7 @@ def bounds_from(
             num_classes=num_classes,
             margin=margin,
             whole_image=read_flag("whole_image", whole_image),
+            units=units,
         )
     ]
 

@@ -167,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--section", default="training")
     parser.add_argument("--cases", type=int, default=1, help="labels to use, evenly spread over the section")
-    parser.add_argument("--patient", help='take all cases of this patient (entry "patient" of the list) instead')
+    parser.add_argument(
+        "--patient", nargs="+", help='take all cases of these patients (entry "patient" of the list) instead'
+    )
     parser.add_argument("--num-classes", type=int, required=True, help="of the labels, with the background")
     parser.add_argument("--classes", type=int, nargs="+", help="classes of the training, where not all; in its order")
     parser.add_argument("--slice-axis", type=int, help="count in slices across this axis (after orientation to RAS)")
@@ -192,9 +194,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--cases: expected at least 1, got {args.cases}.")
         chosen = items[:: max(1, len(items) // args.cases)][: args.cases]
         if args.patient is not None:
-            chosen = [item for item in items if item.get("patient") == args.patient]
-            if not chosen:
-                raise ValueError(f"--patient: no entry of section {args.section!r} has the patient {args.patient!r}.")
+            chosen = [item for item in items if item.get("patient") in args.patient]
+            missing = sorted(set(args.patient) - {str(item["patient"]) for item in chosen})
+            if missing:
+                raise ValueError(f"--patient: no entry of section {args.section!r} has the patients {missing}.")
         read = Compose(
             read_volumes(num_classes=args.num_classes, spacing_mm=args.spacing_mm, spatial_dims=args.spatial_dims)
         )

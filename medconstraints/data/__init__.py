@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from medconstraints.data.manifests import check_dataset, load_manifest
     from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
     from medconstraints.data.phantoms import make_cohort, make_phantom
-    from medconstraints.data.slices import SliceDataset, VolumeBatchSampler, rank_volumes
+    from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
     from medconstraints.data.supervision import number_items
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "make_phantom",
     "mask_path",
     "number_items",
-    "rank_volumes",
     "read_boxes",
     "read_datalist",
     "read_labelled",
@@ -53,7 +52,6 @@ _MODULES = {
     "make_phantom": "phantoms",
     "mask_path": "output_folders",
     "number_items": "supervision",
-    "rank_volumes": "slices",
     "read_datalist": "datalist_sections",
     "read_labelled": "datalist_sections",
     "volumes_for_inference": "inference_files",

@@ -8,14 +8,13 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import torch
 from monai.data import Dataset
 from monai.transforms import Compose
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Sampler
 
-__all__ = ["SliceDataset", "VolumeBatchSampler", "rank_volumes"]
+__all__ = ["SliceDataset", "VolumeBatchSampler"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,7 @@ class SliceDataset(Dataset):
             (C, X, Y, Z) or of different spatial shapes, or an entry with a key that the items need for themselves.
 
     Example:
+        >>> import torch
         >>> volume = {"image": torch.zeros(1, 8, 6, 3), "case": "a"}
         >>> dataset = SliceDataset([volume, volume], None)
         >>> len(dataset), dataset[4]["image"].shape, dataset[4]["volume"], dataset[4]["slice"]
@@ -190,6 +190,7 @@ class VolumeBatchSampler(Sampler[list[int]]):
         ValueError: `max_slices` below 1, or a negative seed.
 
     Example:
+        >>> import torch
         >>> dataset = SliceDataset([{"image": torch.zeros(1, 4, 4, n)} for n in (2, 3)], None)
         >>> list(VolumeBatchSampler(dataset, shuffle=False))
         [[0, 1], [2, 3, 4]]
@@ -227,22 +228,6 @@ class VolumeBatchSampler(Sampler[list[int]]):
             if self.max_slices is not None and len(slices) > self.max_slices:
                 slices = np.sort(rng.choice(slices, self.max_slices, replace=False))
             yield slices.tolist()
-
-
-def rank_volumes(volume: Tensor) -> Tensor:
-    """Volume numbers of a batch as indices 0..V - 1 without gaps, in the order of the numbers.
-
-    Args:
-        volume: (B,), the batch's `volume`.
-
-    Returns:
-        (B,) int64, as `soft_volume_size` takes it.
-
-    Example:
-        >>> rank_volumes(torch.tensor([7, 7, 3, 9])).tolist()
-        [1, 1, 0, 2]
-    """
-    return torch.unique(volume, return_inverse=True)[1]
 
 
 def _plain(value: Any) -> Tensor:

@@ -42,7 +42,8 @@ class ConstraintMetricsHandler:
     - `satisfied_<constraint>` and `violation_<constraint>`; a constraint is called `<loss>_lower_<class>` or
       `<loss>_upper_<class>`, with `_<component>` behind when the statistic has several: `size_lower_1`,
       `centroid_upper_1_0`. Without `<loss>_` for a loss that has no name. The pairs of a relation are numbered from 0;
-    - of the formulations: `t`; `duality_gap_bound`, for the constraints of the epoch; `multiplier_mean` and
+    - of the formulations: `t`; `duality_gap_bound`, for the constraints of the epoch
+      as if each had the weight 1, see `LogBarrierExtension.duality_gap_bound`; `multiplier_mean` and
       `multiplier_max` over the whole table of multipliers, of this process; `dual_mean`, the mean of the multipliers,
       also implicit ones, over the constraints that were visited, before any division by the image size. With several
       formulations, `_<loss>` behind.

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["EpochTable"]
 
+logger = logging.getLogger(__name__)
+
 
 class EpochTable:
     """CSV file with one row for each epoch; the columns stay those of its first row.
 
     The file is written whole beside itself and renamed: a run killed while it writes leaves the former one. A run that
-    was resumed writes epochs again that the killed one had written: their rows, and all later ones, are cut.
+    was resumed writes epochs again that the killed one had written: their rows, and all later ones, are cut. A new run
+    that finds the table of another one renames it, `<name>.old1`, `.old2`, ...
 
     Args:
         path: the file, such as `output/constraints.csv`; its folder is made.
@@ -46,6 +50,9 @@ class EpochTable:
             RuntimeError: the file exists and has other columns, or is no such table; it stays as it is.
         """
         rows = self._rows_before(epoch, [*values])
+        if not rows and self.path.exists() and self.path.stat().st_size:
+            # Nothing of the file is kept: it belongs to another run, unless that was killed in its first epoch.
+            self._set_aside()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["epoch", *values])
@@ -56,6 +63,13 @@ class EpochTable:
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(text.getvalue(), encoding="utf-8", newline="\n")
         os.replace(beside, self.path)
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (other := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        os.replace(self.path, other)
+        logger.warning("%s was of another run: it is now %s", self.path.name, other.name)
 
     def _rows_before(self, epoch: int, columns: Sequence[str]) -> list[list[str]]:
         if not self.path.exists() or not self.path.stat().st_size:

@@ -74,21 +74,16 @@ class LossTermsHandler:
             engine.state.metrics[self.prefix + "t"] = float(self.formulation.t)
 
 
-class RequireBoxesHandler:
-    """Stops a run whose first epoch held no box at all: it would train on emptiness alone and learn nothing.
+class _RequireInFirstEpoch:
+    """Stops a run after its first epoch when no batch of any process had what is needed.
 
-    In distributed training the boxes of all processes count, and all of them stop: one alone would leave the others
-    waiting for it.
-
-    Args:
-        key: key of the boxes in the batch, (B, N, 1 + 2 D).
-
-    Raises:
-        ValueError: after the first epoch, when no batch had a box.
+    All processes of distributed training stop: one alone would leave the others waiting for it.
     """
 
-    def __init__(self, key: str = "boxes") -> None:
-        self.key = key
+    key: str
+    message: str
+
+    def __init__(self) -> None:
         self._found = False
         self._judged = False
 
@@ -97,10 +92,12 @@ class RequireBoxesHandler:
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._look)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
 
+    def _has(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _look(self, engine: Engine) -> None:
         if not self._found:
-            boxes = engine.state.batch[self.key]
-            self._found = bool((boxes[..., 0] > 0).any())
+            self._found = bool(self._has(engine.state.batch[self.key]).any())
 
     def _judge(self, engine: Engine) -> None:
         if self._judged:
@@ -108,13 +105,35 @@ class RequireBoxesHandler:
         self._judged = True
         self._found = bool(idist.all_reduce(float(self._found), op="MAX"))
         if not self._found:
-            raise ValueError(
-                f"{self.key}: not one box in a whole epoch; check that the labels or box files of the training volumes "
-                "hold the class, and that patch_size and spacing_mm leave boxes in the patches."
-            )
+            raise ValueError(f"{self.key}: {self.message}")
 
 
-class RequireAnnotationHandler:
+class RequireBoxesHandler(_RequireInFirstEpoch):
+    """Stops a run whose first epoch held no box at all: it would train on emptiness alone and learn nothing.
+
+    In distributed training the boxes of all processes count, and all of them stop.
+
+    Args:
+        key: key of the boxes in the batch, (B, N, 1 + 2 D).
+
+    Raises:
+        ValueError: after the first epoch, when no batch had a box.
+    """
+
+    message = (
+        "not one box in a whole epoch; check that the labels or box files of the training volumes hold the class, and "
+        "that patch_size and spacing_mm leave boxes in the patches."
+    )
+
+    def __init__(self, key: str = "boxes") -> None:
+        super().__init__()
+        self.key = key
+
+    def _has(self, values: Tensor) -> Tensor:
+        return values[..., 0] > 0
+
+
+class RequireAnnotationHandler(_RequireInFirstEpoch):
     """Stops a run whose first epoch had not one annotated voxel: its weak labels would teach nothing.
 
     In distributed training the voxels of all processes count, and all of them stop.
@@ -127,32 +146,18 @@ class RequireAnnotationHandler:
         ValueError: after the first epoch, when no voxel was annotated.
     """
 
+    message = (
+        "not one annotated voxel in a whole epoch; check that the labels or scribbles of the training volumes hold the "
+        "classes, and their value for what is not annotated. To train on constraints alone, set annotation_key to None."
+    )
+
     def __init__(self, key: str = "weak_label", ignore_index: int = -1) -> None:
+        super().__init__()
         self.key = key
         self.ignore_index = ignore_index
-        self._found = False
-        self._judged = False
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._look)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
-
-    def _look(self, engine: Engine) -> None:
-        if not self._found:
-            self._found = bool((engine.state.batch[self.key] != self.ignore_index).any())
-
-    def _judge(self, engine: Engine) -> None:
-        if self._judged:
-            return
-        self._judged = True
-        self._found = bool(idist.all_reduce(float(self._found), op="MAX"))
-        if not self._found:
-            raise ValueError(
-                f"{self.key}: not one annotated voxel in a whole epoch; check that the labels or scribbles of the "
-                "training volumes hold the classes, and their value for what is not annotated. To train on constraints "
-                "alone, set annotation_key to None."
-            )
+    def _has(self, values: Tensor) -> Tensor:
+        return values != self.ignore_index
 
 
 class RequireFiniteLossHandler:

@@ -93,7 +93,7 @@ class _DualVariables(nn.Module):
                 f"index: expected numbers 0..{self.rows - 1}, got {int(index.min())}..{int(index.max())}; set "
                 "num_samples to the length of the data set."
             )
-        return index.to(flat.device, torch.int64)
+        return index.to(flat.device, torch.int64, non_blocking=True)
 
     def _observe(self, flat: Tensor, index: Tensor) -> None:
         if not self.training:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 __all__ = ["LogBarrierExtension"]
 
 # float32 ends at 3.4e38; beyond this the slope of a violated constraint is not usable in float32 any more.
-_LARGEST_T = 1e30
+_LARGEST_T = 1e20
 
 
 class LogBarrierExtension(nn.Module):
@@ -25,7 +25,7 @@ class LogBarrierExtension(nn.Module):
     Args:
         t: sharpness at the start, > 0. Larger is closer to a hard constraint.
         factor: `step()` multiplies `t` by it, >= 1. The papers call it after each epoch with 1.1.
-        max_t: upper limit of `t`; None lets it grow (to 1e30, where float32 ends being useful).
+        max_t: upper limit of `t`; None lets it grow (to 1e20, where float32 ends being useful).
 
     Raises:
         ValueError: an argument is outside its range.
@@ -67,7 +67,9 @@ class LogBarrierExtension(nn.Module):
     def duality_gap_bound(self, num_constraints: int) -> float:
         """Upper bound P N / t of the duality gap at a minimum, for P N constraints (Kervadec 2020, proposition 2).
 
-        It certifies a solution of a convex problem; for a network it is a guide to how sharp the barrier is.
+        It holds for the cost E + sum psi_t(z), each psi with the weight 1: with weights w it is sum(w) / t, and a loss
+        divides by the voxels of the image, by the number of constraints, and multiplies with its own weight. It
+        certifies a solution of a convex problem; for a network it is a guide to how sharp the barrier is.
         """
         return num_constraints / float(self.t)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.statistics.arguments import channels
 
 __all__ = ["ConstraintLoss", "Residuals"]
 
@@ -23,7 +24,7 @@ class Residuals(NamedTuple):
 
     Attributes:
         residual: (B, C', M, 2) in `unit`: lower - f and f - upper, <= 0 when satisfied.
-        free: (B, C', M, 2) bool, where the bound is infinite; the residual is -1 there.
+        free: (B, C', M, 2) bool, where the bound is infinite; the residual is 0 there.
         index: numbers of the samples in the data set, (B,), or None.
     """
 
@@ -172,24 +173,30 @@ class ConstraintLoss(ProbabilityLoss):
         if len(self.unit) not in (1, value.shape[-1]):
             raise ValueError(f"unit: expected one number or {value.shape[-1]}, one per component, got {self.unit}.")
         if self.per_class:
-            chosen = self._chosen(value.shape[1])
-            value, bounds = value[:, chosen], bounds[:, chosen]
+            if value.shape[1] != probs.shape[1]:
+                raise ValueError(
+                    f"statistic: expected one row for each of the {probs.shape[1]} channels, got {value.shape[1]}; a "
+                    "relation between classes needs the attribute per_class = False."
+                )
+            value, bounds = self._chosen(value), self._chosen(bounds)
         free = torch.isinf(bounds)
         # f - bound with the sign of each side; a free bound must not put an infinity into the arithmetic.
         difference = value.unsqueeze(-1) - bounds.masked_fill(free, 0.0)
         residual = torch.stack([-difference[..., 0], difference[..., 1]], -1)
         if self.unit != [1.0]:
-            residual = residual / torch.tensor(self.unit, dtype=value.dtype).to(value.device).unsqueeze(-1)
-        return residual.masked_fill(free, -1.0), free, index, probs[0, 0].numel()
+            unit = torch.tensor(self.unit, dtype=value.dtype).to(value.device, non_blocking=True)
+            residual = residual / unit.unsqueeze(-1)
+        # 0 moves no multiplier of a Lagrangian.
+        return residual.masked_fill(free, 0.0), free, index, probs[0, 0].numel()
 
-    def _chosen(self, classes: int) -> slice | list[int]:
+    def _chosen(self, tensor: Tensor) -> Tensor:
+        """The rows of the constrained classes."""
+        count = tensor.shape[1]
         if self.classes is None:
-            if classes == 1 or self.include_background:
-                return slice(None)
-            return slice(1, None)
-        if max(self.classes) >= classes:
-            raise ValueError(f"classes: {self.classes} names a class that does not exist; the input has {classes}.")
-        return self.classes
+            return tensor if count == 1 or self.include_background else tensor[:, 1:]
+        if max(self.classes) >= count:
+            raise ValueError(f"classes: {self.classes} names a class that does not exist; the input has {count}.")
+        return channels(tensor, self.classes)
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         try:
@@ -206,7 +213,7 @@ class ConstraintLoss(ProbabilityLoss):
         if probs.shape[1] == 1 or self.sigmoid:
             return
         flat = probs.detach().flatten(2)
-        some = flat[..., :: max(1, flat.shape[-1] // 64)].sum(1)
+        some = flat[..., :: (flat.shape[-1] // 64) | 1].sum(1)  # an odd step meets every column
         worst = float((some - 1).abs().max())
         # A softmax in half precision is as exact as its type.
         if worst > max(1e-3, 4 * torch.finfo(dtype).eps):

@@ -97,7 +97,13 @@ class PartialCrossEntropyLoss(_Loss):
     def _labelled_only(self, input: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """The same from the labelled voxels alone. Elsewhere than on the CPU their number would make the host wait."""
         where = (label != self.ignore_index).nonzero(as_tuple=True)
-        chosen = label[where].to(torch.int64)
+        found = label[where]
+        chosen = found.to(torch.int64)
+        if not bool((found == chosen).all()):
+            raise ValueError(
+                f"target: expected whole class numbers, got {float(found[found != chosen][0]):g}; resample weak labels "
+                'with mode "nearest".'
+            )
         classes = input.shape[1]
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes:
             raise ValueError(

@@ -139,8 +139,8 @@ class ENet(nn.Module):
         if upsampling == "interpolated":
             self.head = nn.Sequential(Conv["conv", dims](fine, out_channels, 3, padding=1), _doubled(dims))
         if dims == 2:
-            # The layout of the weights becomes that of all features: a training step on a CPU is a tenth
-            # faster. In 3D it makes no difference.
+            # The layout of the weights becomes that of all features, which makes a training step on a CPU faster. In 3D
+            # it makes no difference.
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,8 +246,7 @@ class _Up(nn.Module):
 class _PReLU(nn.PReLU):
     """PReLU, one slope per channel, max(x, 0) + slope * min(x, 0), written for a fast gradient.
 
-    The gradient of torch's own branches for every element on a CPU, and would be a fifth of a training step. Without
-    gradients torch's own is the faster one.
+    The gradient of torch's own branches for every element on a CPU. Without gradients torch's own is the faster one.
     """
 
     def forward(self, input: Tensor) -> Tensor:

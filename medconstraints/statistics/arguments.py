@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["checked_probs", "chosen_pairs", "plain", "relation", "spacing_rows"]
+__all__ = ["channels", "checked_probs", "chosen_pairs", "plain", "relation", "spacing_rows"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -51,7 +51,7 @@ def spacing_rows(spacing_mm: Sequence[float] | Tensor, probs: Tensor, dtype: tor
             f"spacing_mm: expected {dims} positive values, or one row of {dims} for each of the {probs.shape[0]} "
             f"samples, got shape {tuple(spacing.shape)}: {spacing.tolist()}."
         )
-    return spacing.view(-1, dims).to(probs.device)
+    return spacing.view(-1, dims).to(probs.device, non_blocking=True)
 
 
 def chosen_pairs(pairs: Sequence[Sequence[int]], probs: Tensor) -> tuple[list[int], list[int]]:
@@ -70,6 +70,12 @@ def chosen_pairs(pairs: Sequence[Sequence[int]], probs: Tensor) -> tuple[list[in
             "background is class 0."
         )
     return rows[:, 0].tolist(), rows[:, 1].tolist()
+
+
+def channels(tensor: Tensor, classes: Sequence[int]) -> Tensor:
+    """The chosen channels (axis 1); an index that is a list would make the host wait for an accelerator."""
+    index = torch.tensor(list(classes)).to(tensor.device, non_blocking=True)
+    return tensor.index_select(1, index)
 
 
 def relation(function: _Function) -> _Function:

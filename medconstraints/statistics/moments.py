@@ -11,8 +11,8 @@ from medconstraints.statistics.arguments import checked_probs, plain, spacing_ro
 
 __all__ = ["soft_centroid", "soft_fraction", "soft_moments", "soft_spread"]
 
-# A class with less mass than this many voxels has no centroid worth the name: it moves to the middle of the image, and
-# its gradient stays finite, in half precision too.
+# A class with less mass than a hundredth of a voxel has no centroid worth the name: it moves towards the middle of the
+# image as its mass goes to 0, and its gradient stays finite.
 _LEAST_MASS = 1e-2
 
 
@@ -25,7 +25,7 @@ def soft_centroid(probs: Tensor, spacing_mm: Sequence[float] | Tensor | None = N
 
     Returns:
         (B, C, D), float32 (float64 for float64 input): 0-based voxel coordinates, or these times the spacing. A class
-        without any mass gets the middle of the image.
+        without any mass gets the middle of the image, one of less than 0.01 voxels something in between.
 
     Raises:
         ValueError: `probs` has no spatial axis or is not floating point, or `spacing_mm` does not fit its axes.
@@ -126,10 +126,11 @@ def soft_fraction(probs: Tensor, potential: Tensor) -> Tensor:
             f"shape {tuple(potential.shape)}."
         )
     with torch.autocast(probs.device.type, enabled=False):
-        flat = probs.flatten(2).to(dtype)
-        values = plain(potential).flatten(2).to(dtype).expand(len(flat), -1, -1)
+        # In float64: accelerators may round the factors of a float32 product.
+        flat = probs.flatten(2).double()
+        values = plain(potential).flatten(2).double().expand(len(flat), -1, -1)
         weighted = torch.bmm(flat, values.transpose(1, 2))
-        return weighted / flat.sum(-1, keepdim=True).clamp(min=_LEAST_MASS)
+        return (weighted / flat.sum(-1, keepdim=True).clamp(min=_LEAST_MASS)).to(dtype)
 
 
 def _profiles(probs: Tensor, dtype: torch.dtype) -> list[Tensor]:

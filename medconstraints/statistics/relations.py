@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medconstraints.statistics.arguments import checked_probs, chosen_pairs, relation
+from medconstraints.statistics.arguments import channels, checked_probs, chosen_pairs, relation
 from medconstraints.statistics.moments import soft_centroid
 from medconstraints.statistics.size import soft_size
 
 __all__ = ["soft_centroid_offset", "soft_outside_extent", "soft_size_ratio"]
 
-_LEAST_MASS = 1e-2
+_LEAST_MASS = 1e-2  # voxels
 
 
 @relation
@@ -41,7 +41,7 @@ def soft_size_ratio(probs: Tensor, pairs: Sequence[Sequence[int]]) -> Tensor:
     """
     first, second = chosen_pairs(pairs, probs)
     size = soft_size(probs)
-    return size[:, first] / size[:, second].clamp(min=_LEAST_MASS)
+    return channels(size, first) / channels(size, second).clamp(min=_LEAST_MASS)
 
 
 @relation
@@ -71,7 +71,7 @@ def soft_centroid_offset(
     """
     first, second = chosen_pairs(pairs, probs)
     centroid = soft_centroid(probs, spacing_mm)
-    return centroid[:, second] - centroid[:, first]
+    return channels(centroid, second) - channels(centroid, first)
 
 
 @relation
@@ -103,7 +103,7 @@ def soft_outside_extent(probs: Tensor, pairs: Sequence[Sequence[int]], along_lin
     """
     probs, dtype = checked_probs(probs)
     first, second = chosen_pairs(pairs, probs)
-    inner, outer = probs[:, first].to(dtype), probs[:, second].to(dtype)
+    inner, outer = channels(probs, first).to(dtype), channels(probs, second).to(dtype)
     mass = inner.flatten(2).sum(-1)
     shares = []
     for axis in range(2, probs.dim()):

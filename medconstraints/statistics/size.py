@@ -73,7 +73,7 @@ def soft_volume_size(
             f"volume: expected one whole number for each of the {probs.shape[0]} slices, got {volume.dtype} of shape "
             f"{tuple(volume.shape)}."
         )
-    volume = plain(volume).to(size.device)
+    volume = plain(volume).to(size.device, non_blocking=True)
     together = (volume[:, None] == volume).to(size.dtype)
     # A sum, not a matrix product: that would be rounded to half precision under autocast.
     return (together[:, :, None, None] * size).sum(1)

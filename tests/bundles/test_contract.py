@@ -156,10 +156,11 @@ def test_metadata_describes_the_network(bundle):
 
 
 def config_sets(bundle):
-    """Configs that are run alone, and training with each other config laid over it."""
+    """Configs that are run alone, and each other config laid over inference (`inference_x`) or training."""
     names = sorted(path.stem for path in (bundle / "configs").glob("*.json"))
     overlays = [name for name in names if name not in ("train", "inference", "metadata")]
-    return [["train"], ["inference"], *(["train", name] for name in overlays)]
+    alone = ["inference" if name.startswith("inference_") else "train" for name in overlays]
+    return [["train"], ["inference"], *([base, name] for base, name in zip(alone, overlays, strict=True))]
 
 
 def test_configs_refer_only_to_what_is_there(bundle):

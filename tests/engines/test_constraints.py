@@ -826,3 +826,17 @@ def test_state_goes_through_a_safe_file(tmp_path):
     assert isinstance(again.metrics["a"], ConstraintMetrics)
     assert torch.equal(again.state_dict()["a"]["index"], torch.arange(2))
     assert again.state_dict()["b"] == {}
+
+
+def test_the_table_of_a_former_run_is_kept_aside(tmp_path):
+    path = tmp_path / "t.csv"
+    for run in range(3):
+        table = EpochTable(path)
+        for epoch in (1, 2):
+            table.write(epoch, {"a": float(run)})
+    assert path.read_text() == "epoch,a\n1,2.0\n2,2.0\n"
+    assert (tmp_path / "t.csv.old1").read_text() == "epoch,a\n1,0.0\n2,0.0\n"
+    assert (tmp_path / "t.csv.old2").read_text() == "epoch,a\n1,1.0\n2,1.0\n"
+    EpochTable(path).write(2, {"a": 9.0})  # resumed after epoch 1
+    assert path.read_text() == "epoch,a\n1,2.0\n2,9.0\n"
+    assert len(list(tmp_path.iterdir())) == 3

@@ -85,8 +85,8 @@ def test_infinite_residuals_give_no_nan(dtype):
     ("t", "dtype"),
     [
         (1e18, torch.float32),
-        (1e30, torch.float64),
-        (1e30, torch.float32),
+        (1e20, torch.float64),
+        (1e20, torch.float32),
     ],
 )
 def test_huge_t(t, dtype):
@@ -180,7 +180,7 @@ def test_t_never_leaves_float32():
     barrier = LogBarrierExtension(t=5.0, factor=1e12)
     for _ in range(10):
         barrier.step()
-    assert float(barrier.t) == pytest.approx(1e30)
+    assert float(barrier.t) == pytest.approx(1e20)
 
 
 def test_t_is_a_buffer_and_no_parameter():
@@ -222,7 +222,7 @@ def test_repr_shows_the_present_t():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"t": 0.0}, r"t: expected a number in \(0, 1e\+30\], got 0.0; the papers start at 5"),
+        ({"t": 0.0}, r"t: expected a number in \(0, 1e\+20\], got 0.0; the papers start at 5"),
         ({"t": -5.0}, "t: expected a number in"),
         ({"t": math.inf}, "t: expected a number in .*got inf"),
         ({"t": math.nan}, "t: expected a number in .*got nan"),

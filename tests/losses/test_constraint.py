@@ -939,3 +939,42 @@ def test_a_batch_is_one_volume(rng, constraint_reference):
     )
     loss = ConstraintLoss(soft_volume_size, QuadraticPenalty())
     assert loss(probs, bounds).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_relation_without_its_mark_is_refused():
+    """It would lose its first pair as if that were the background."""
+    with pytest.raises(ValueError, match=r"statistic: expected one row for each of the 3 channels, got 2; .*per_class"):
+        ConstraintLoss(lambda probs: soft_size_ratio(probs, [[1, 2], [2, 1]]), QuadraticPenalty())(
+            torch.rand(1, 3, 4, 4), torch.zeros(1, 2, 1, 2)
+        )
+
+
+def test_the_check_of_probabilities_meets_every_column():
+    probs = torch.full((1, 2, 256, 256), 3.0)
+    probs[..., 0] = 0.5
+    loss = ConstraintLoss(soft_size, QuadraticPenalty(), check_probabilities=True)
+    with pytest.warns(UserWarning, match="add up to"):
+        loss(probs, torch.tensor([[[[0.0, 1e6]], [[0.0, 1e6]]]]))
+
+
+@pytest.mark.parametrize("make", [lambda: Lagrangian(1, learning_rate=0.5), lambda: AugmentedLagrangian(1)])
+def test_a_bound_that_becomes_free_leaves_its_multiplier(make):
+    formulation = make()
+    loss = ConstraintLoss(soft_size, formulation, normalization="none")
+    probs, index = torch.full((1, 2, 4, 4), 0.5), torch.tensor([0])
+    known = torch.tensor([[[[-torch.inf, torch.inf]], [[-torch.inf, 5.0]]]])
+    loss(probs, {"bounds": known, "index": index})
+    formulation.step()
+    before = formulation.multipliers.clone()
+    assert before.max() > 0
+    free = torch.tensor([-torch.inf, torch.inf]).expand(1, 2, 1, 2)
+    loss(probs, {"bounds": free, "index": index})
+    formulation.step()
+    assert torch.equal(formulation.multipliers, before)
+
+
+def test_unknown_arguments_of_the_statistic_are_named():
+    with pytest.raises(ValueError, match=r"target: \['image'\] do not fit the arguments of the statistic"):
+        ConstraintLoss(soft_size, QuadraticPenalty())(
+            torch.rand(1, 2, 4, 4), {"bounds": torch.zeros(1, 2, 1, 2), "image": torch.rand(1, 1, 4, 4)}
+        )

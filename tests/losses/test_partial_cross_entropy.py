@@ -260,3 +260,11 @@ def test_refuses_weights_of_other_classes(weight, rng):
 def test_refuses_senseless_settings(options, words):
     with pytest.raises((ValueError, TypeError), match=words):
         PartialCrossEntropyLoss(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_between_classes_are_refused(dtype):
+    """Linear interpolation of a weak label makes background of the border of what is not annotated."""
+    weak = torch.tensor([-0.4, 1.7, -1.0, -1.0], dtype=dtype).view(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"target: expected whole class numbers, got -0\.4; .*nearest"):
+        PartialCrossEntropyLoss()(torch.zeros(1, 3, 2, 2), weak)

@@ -229,7 +229,11 @@ TRANSFORMS = {
 def test_transform_is_its_function(options, expected):
     item = item_of(LABEL, SPACING, other="kept")
     out = LabelToBoundsd(num_classes=4, **options)(item)
-    assert set(item) == {"label", "other"} and set(out) == {"label", "other", "bounds"}
+    in_mm = options.get("units") == "mm"
+    assert set(item) == {"label", "other"}
+    assert set(out) == {"label", "other", "bounds", *(["spacing_mm"] if in_mm else [])}
+    if in_mm:
+        torch.testing.assert_close(out["spacing_mm"], torch.tensor(SPACING, dtype=torch.float32))
     assert type(out["bounds"]) is torch.Tensor and out["bounds"].dtype == torch.float32
     assert torch.equal(out["bounds"], expected(SPACING))
 
@@ -465,3 +469,12 @@ def test_neither_sizes_nor_ranges():
 def test_item_arguments(options, words):
     with pytest.raises(ValueError, match=words):
         ItemToBoundsd(**{"num_classes": 3, **options})
+
+
+@pytest.mark.parametrize(("statistic", "components"), [("size", 1), ("centroid", 3)])
+def test_no_label_is_needed_where_nothing_is_known(statistic, components):
+    item = {"image": torch.zeros(1, 4, 5, 6)}
+    bounds = LabelToBoundsd(num_classes=3, statistic=statistic, level="none")(item)["bounds"]
+    assert bounds.shape == (3, components, 2) and torch.isinf(bounds).all()
+    with pytest.raises(KeyError, match="label"):
+        LabelToBoundsd(num_classes=3, statistic=statistic)(item)
