@@ -29,6 +29,14 @@ def epoch(bundle: str, overlays: list[str], datalist: Path, output_dir: Path, **
     """One epoch of a bundle's trainer, without validation, logs and checkpoints."""
     dual_pass = options.pop("dual_pass", False)
     plain = options.pop("plain", False)
+    if plain or "full_supervision" in overlays:
+        # Cross-entropy needs no bounds: it does not pay for making them.
+        options |= {
+            "train#size_bounds": [],
+            "train#centroid_bounds": [],
+            "train#selection#keys": ["image", "weak_label"],
+            "train#prepare_batch#target_keys": ["weak_label"],
+        }
     parser = ConfigParser()
     parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ["train", *overlays]])
     parser.update(
@@ -43,7 +51,7 @@ def epoch(bundle: str, overlays: list[str], datalist: Path, output_dir: Path, **
     )
     trainer = parser.get_parsed_content("train#trainer")
     if plain:
-        # The partial cross-entropy alone: no constraint is computed, and no bounds are collated.
+        # The partial cross-entropy alone: no constraint is computed.
         partial = parser.get_parsed_content("loss").losses["partial_ce"]
         trainer.loss_function = lambda output, target: partial(output, target["weak_label"])
     elif bundle == "log_barrier":

@@ -25,7 +25,8 @@ class ProposalLoss(ProbabilityLoss):
 
     without gradient (`size_proposals`); then the loss is the cross-entropy -sum_k y~_kp log s_kp, averaged over the
     voxels of the batch. Labelled voxels have their part in it: no partial cross-entropy is needed beside it. Without a
-    label and with all bounds free the loss is the mean entropy of s, so give every image one of the two.
+    label and with all bounds free the loss is the mean entropy of s, so give every image one of the two. It is a
+    baseline: on an accelerator its solver makes the host wait at every step.
 
     Args:
         softmax: the input are logits; False takes probabilities.
