@@ -3,12 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from medconstraints.transforms.bounds import (
-    ItemToBoundsd,
-    LabelToBoundsd,
-    label_to_centroid_bounds,
-    label_to_size_bounds,
-)
+from medconstraints.transforms.bounds import LabelToBoundsd, label_to_centroid_bounds, label_to_size_bounds
 from medconstraints.transforms.box_grid import BoxesToGridd, map_boxes
 from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
 from medconstraints.transforms.chains import (
@@ -21,6 +16,7 @@ from medconstraints.transforms.chains import (
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
+from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
 from medconstraints.transforms.weak_labels import (

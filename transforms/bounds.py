@@ -17,11 +17,10 @@ from torch import Tensor
 
 from medconstraints.transforms.weak_labels import is_fully_labelled, label_name
 
-__all__ = ["ItemToBoundsd", "LabelToBoundsd", "label_to_centroid_bounds", "label_to_size_bounds"]
+__all__ = ["LabelToBoundsd", "label_to_centroid_bounds", "label_to_size_bounds"]
 
 LEVELS = ("individual", "common", "tags", "none")
 UNITS = ("voxel", "mm")
-MM3_PER_ML = 1000.0
 
 
 def label_to_size_bounds(
@@ -61,9 +60,9 @@ def label_to_size_bounds(
         [[[-inf, inf]], [[3.0, 5.0]]]
     """
     _check_level(level)
-    _check_margin("margin", margin)
+    check_margin("margin", margin)
     array = _checked_label(label, num_classes, "label")
-    bounds = _free(num_classes, 1)
+    bounds = free_bounds(num_classes, 1)
     if level == "none":
         return bounds
     voxel = 1.0 if spacing_mm is None else math.prod(_checked_spacing(spacing_mm, array.ndim))
@@ -108,10 +107,10 @@ def label_to_centroid_bounds(
         >>> label_to_centroid_bounds(np.array([[0, 1, 1], [0, 1, 1]]), 2, margin_voxels=1)[1].tolist()
         [[0.0, 1.5], [0.5, 2.5]]
     """
-    _check_margin("margin_voxels", margin_voxels)
+    check_margin("margin_voxels", margin_voxels)
     array = _checked_label(label, num_classes, "label")
     spacing = np.ones(array.ndim) if spacing_mm is None else np.array(_checked_spacing(spacing_mm, array.ndim))
-    bounds = _free(num_classes, array.ndim)
+    bounds = free_bounds(num_classes, array.ndim)
     voxels = np.nonzero(array)
     classes = array[voxels]
     count = np.bincount(classes, minlength=num_classes)
@@ -179,11 +178,11 @@ class LabelToBoundsd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         _check_level(level)
-        _check_units(units)
-        _check_margin("margin", margin)
-        _check_margin("margin_voxels", margin_voxels)
+        check_units(units)
+        check_margin("margin", margin)
+        check_margin("margin_voxels", margin_voxels)
         if statistic not in ("size", "centroid"):
             raise ValueError(f'statistic: expected "size" or "centroid", got {statistic!r}.')
         if statistic == "centroid" and level not in ("individual", "none"):
@@ -226,12 +225,12 @@ class LabelToBoundsd(MapTransform):
         if self.level == "none" and not set(self.keys) & set(item):
             # Nothing is looked up in the label; a centroid has as many components as the image has axes.
             components = 1 if self.statistic == "size" else item[self.image_key].ndim - 1
-            item[self.bounds_key] = _free(self.num_classes, components)
+            item[self.bounds_key] = free_bounds(self.num_classes, components)
             return item
         for key in self.key_iterator(item):
             item[self.bounds_key] = self._bounds(item[key], key, free=full or self.level == "none")
             if self.units == "mm":
-                spacing = _spacing_of(item[key], label_name(item[key], key))
+                spacing = spacing_of(item[key], label_name(item[key], key))
                 item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
@@ -244,8 +243,8 @@ class LabelToBoundsd(MapTransform):
             )
         dims = label.ndim - 1
         if free:
-            return _free(self.num_classes, 1 if self.statistic == "size" else dims)
-        spacing = None if self.units == "voxel" else _spacing_of(label, name)
+            return free_bounds(self.num_classes, 1 if self.statistic == "size" else dims)
+        spacing = None if self.units == "voxel" else spacing_of(label, name)
         array = _checked_label(label[0], self.num_classes, name)
         if self.statistic == "centroid":
             return label_to_centroid_bounds(
@@ -261,163 +260,19 @@ class LabelToBoundsd(MapTransform):
         )
 
 
-class ItemToBoundsd(MapTransform):
-    """Bounds on sizes that are known without a label, for instance from a report, in millilitres.
-
-    Reads from the item `keys`, the size of each class in ml, and `range_key`, the smallest and largest size in ml: a
-    mapping from class number to value, such as {"1": 3.2} or {"1": [2.9, 3.5]}, or a list with one value, or null, per
-    foreground class. A class that neither names is unknown: free, as the background is. A size of 0 says that the class
-    is absent. Writes `bounds_key`, (C, 1, 2) float32, and removes `keys` and `range_key` from the item, because
-    mappings with different classes cannot be collated.
-
-    Voxels are counted with the volume that one has in the image's affine at this place in the chain: put it after
-    resampling and spatial augmentation. Only the lower bounds need the whole object: where the network gets a crop, set
-    `whole_image=False`.
-
-    Args:
-        keys: key of the sizes.
-        bounds_key: key of the bounds.
-        num_classes: classes of the network with the background, C.
-        range_key: key of the smallest and largest sizes.
-        margin: of the sizes at `keys`, a share: size * (1 - margin) to size * (1 + margin). Ranges are taken as they
-            are.
-        units: "voxel" for bounds in voxels, "mm" for mm^3.
-        image_key: key of the image, a 3D MetaTensor (C, *S).
-        whole_image: False when the image was cropped after loading: of an object that may be cut only the upper bounds
-            hold, and the lower ones become free.
-        full_key: an item whose value here is true gets free bounds.
-        allow_missing_keys: give items with neither key free bounds (all items of a batch need bounds).
-
-    Raises:
-        ValueError: an argument is outside its range, a size is no number >= 0, a class is unknown or has a size and a
-            range, or the image is not 3D; the message names the image's file.
-        TypeError: the image is no MetaTensor, which alone knows the volume of a voxel.
-        KeyError: neither key is there.
-
-    Example:
-        >>> item = {"image": MetaTensor(torch.zeros(1, 8, 8, 8), affine=torch.eye(4) * 5), "size_ml": {"1": 4.0}}
-        >>> ItemToBoundsd(num_classes=3, margin=0.25)(item)["bounds"].tolist()
-        [[[-inf, inf]], [[24.0, 40.0]], [[-inf, inf]]]
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection = "size_ml",
-        bounds_key: str = "bounds",
-        *,
-        num_classes: int,
-        range_key: str = "size_bounds_ml",
-        margin: float = 0.1,
-        units: str = "voxel",
-        image_key: str = "image",
-        whole_image: bool = True,
-        full_key: str = "fully_labelled",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if len(self.keys) != 1:
-            raise ValueError(f"keys: expected one key, that of the sizes, got {list(self.keys)}.")
-        _check_num_classes(num_classes)
-        _check_margin("margin", margin)
-        _check_units(units)
-        self.bounds_key = bounds_key
-        self.num_classes = num_classes
-        self.range_key = range_key
-        self.margin = margin
-        self.units = units
-        self.image_key = image_key
-        self.whole_image = whole_image
-        self.full_key = full_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add the bounds to a copy of `data`."""
-        item = dict(data)
-        key, full = self.keys[0], is_fully_labelled(item, self.full_key)
-        if key not in item and self.range_key not in item and not (full or self.allow_missing_keys):
-            raise KeyError(
-                f"{key}: expected sizes in ml under this key or {self.range_key!r}, got {sorted(map(str, item))}; add "
-                "them to the datalist, or set allow_missing_keys=True to leave this item unconstrained."
-            )
-        image = item.get(self.image_key)
-        name = label_name(image, self.image_key)
-        sizes = _per_class(item.pop(key, None), self.num_classes, f"{name}: {key}")
-        ranges = _per_class(item.pop(self.range_key, None), self.num_classes, f"{name}: {self.range_key}")
-        bounds = _free(self.num_classes, 1)
-        if not full and (sizes or ranges):
-            voxel_mm3 = self._voxel_mm3(image, name)
-            scale = MM3_PER_ML if self.units == "mm" else MM3_PER_ML / voxel_mm3
-            for cls, (low, high) in self._bounds_ml(sizes, ranges, name).items():
-                bounds[cls, 0] = torch.tensor([low * scale if self.whole_image else -math.inf, high * scale])
-        item[self.bounds_key] = bounds
-        return item
-
-    def _bounds_ml(
-        self, sizes: Mapping[int, Any], ranges: Mapping[int, Any], name: str
-    ) -> dict[int, tuple[float, float]]:
-        bounds = {}
-        for cls, size in sizes.items():
-            if cls in ranges:
-                raise ValueError(
-                    f"{name}: {self.keys[0]} and {self.range_key}: expected a size or a range for class {cls}, got "
-                    "both; remove one."
-                )
-            if not _is_size(size):
-                raise ValueError(f"{name}: {self.keys[0]}: expected ml >= 0 for class {cls}, got {size!r}.")
-            bounds[cls] = (max(size * (1 - self.margin), 0.0), size * (1 + self.margin))
-        for cls, pair in ranges.items():
-            if not (_is_pair(pair) and _is_size(pair[0]) and _is_size(pair[1]) and pair[0] <= pair[1]):
-                raise ValueError(
-                    f"{name}: {self.range_key}: expected [smallest, largest] in ml for class {cls}, 0 <= smallest <= "
-                    f"largest, got {pair!r}."
-                )
-            bounds[cls] = (float(pair[0]), float(pair[1]))
-        return bounds
-
-    def _voxel_mm3(self, image: Any, name: str) -> float:
-        if not isinstance(image, MetaTensor):
-            raise TypeError(
-                f"{name}: expected a loaded image (MetaTensor), got {type(image).__name__}: nothing else knows the "
-                "volume of a voxel; put ItemToBoundsd after loading, before conversion to a plain tensor."
-            )
-        if image.ndim != 4:
-            raise ValueError(
-                f"{name}: expected a 3D image (C, *S) for sizes in ml, got shape {tuple(image.shape)}; a slice has an "
-                "area: use LabelToBoundsd, or bounds of the volume on all of its slices together."
-            )
-        return math.prod(_spacing_of(image, name))
-
-
-def _free(num_classes: int, components: int) -> Tensor:
+def free_bounds(num_classes: int, components: int) -> Tensor:
     return torch.tensor([-math.inf, math.inf]).repeat(num_classes, components, 1)
 
 
-def _per_class(value: Any, num_classes: int, name: str) -> dict[int, Any]:
-    """Class number -> value of the classes that have one."""
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        known = {str(cls): cls for cls in range(1, num_classes)}
-        unknown = [key for key in value if str(key) not in known]
-        if unknown:
-            raise ValueError(f"{name}: expected the class numbers 1 to {num_classes - 1}, got {unknown}.")
-        return {known[str(key)]: entry for key, entry in value.items() if entry is not None}
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != num_classes - 1:
-        raise ValueError(
-            f"{name}: expected a mapping from class number to value, or a list with one value per foreground class "
-            f"({num_classes - 1}), got {value!r}."
-        )
-    return {cls: entry for cls, entry in enumerate(value, start=1) if entry is not None}
-
-
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) < math.inf
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
-def _spacing_of(volume: Tensor, name: str) -> list[float]:
+def spacing_of(volume: Tensor, name: str) -> list[float]:
     """Spacing in mm along each axis of a (C, *S) volume."""
     if not isinstance(volume, MetaTensor):
         raise ValueError(
@@ -430,7 +285,7 @@ def _spacing_of(volume: Tensor, name: str) -> list[float]:
 
 
 def _checked_label(label: np.ndarray | Tensor, num_classes: int, name: str) -> np.ndarray:
-    _check_num_classes(num_classes)
+    check_num_classes(num_classes)
     array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
     if array.ndim not in (2, 3):
         raise ValueError(f"{name}: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
@@ -453,7 +308,7 @@ def _checked_spacing(spacing_mm: Sequence[float], dims: int) -> list[float]:
 
 def _checked_common(common: Sequence[Sequence[float]], num_classes: int, name: str) -> list[list[float]]:
     valid = len(common) == num_classes - 1 and all(
-        _is_pair(pair) and _is_size(pair[0]) and _is_size(pair[1]) and pair[0] <= pair[1] for pair in common
+        is_pair(pair) and is_size(pair[0]) and is_size(pair[1]) and pair[0] <= pair[1] for pair in common
     )
     if not valid:
         raise ValueError(
@@ -463,7 +318,7 @@ def _checked_common(common: Sequence[Sequence[float]], num_classes: int, name: s
     return [[float(lower), float(upper)] for lower, upper in common]
 
 
-def _check_num_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: int) -> None:
     if int(num_classes) != num_classes or num_classes < 2:
         raise ValueError(f"num_classes: expected an integer of at least 2, background included, got {num_classes}.")
 
@@ -473,11 +328,11 @@ def _check_level(level: str) -> None:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}.")
 
 
-def _check_units(units: str) -> None:
+def check_units(units: str) -> None:
     if units not in UNITS:
         raise ValueError(f'units: expected "voxel" or "mm", got {units!r}.')
 
 
-def _check_margin(name: str, margin: float) -> None:
+def check_margin(name: str, margin: float) -> None:
     if not 0 <= margin < math.inf:
         raise ValueError(f"{name}: expected a number >= 0, got {margin!r}.")

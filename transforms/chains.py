@@ -20,9 +20,10 @@ from monai.transforms import (
 )
 
 from medconstraints.data.flags import read_flag
-from medconstraints.transforms.bounds import ItemToBoundsd, LabelToBoundsd
+from medconstraints.transforms.bounds import LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
+from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd
 from medconstraints.transforms.weak_labels import ErodeLabeld, RandomPointLabeld, ScribbleToWeakLabeld

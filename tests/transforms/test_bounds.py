@@ -10,8 +10,8 @@ from monai.data import MetaTensor, list_data_collate
 from monai.transforms import Compose, EnsureChannelFirstd, Flipd, LoadImaged, Orientationd
 
 from medconstraints.statistics import soft_size
+from medconstraints.transforms import ItemToBoundsd
 from medconstraints.transforms.bounds import (
-    ItemToBoundsd,
     LabelToBoundsd,
     label_to_centroid_bounds,
     label_to_size_bounds,
