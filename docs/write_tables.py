@@ -137,9 +137,12 @@ def toy() -> tuple[str, str]:
         rows.append([label, settings[label], *cells, f"{minutes:.1f}", paper])
     dice = {label: content["summary"][label]["val_mean_dice_mean"] for label in TOY_ROWS if label != "Full labels"}
     best = max(dice, key=lambda label: dice[label])
+    others = load("log_barrier_toy_repeats.json")["summary"]
+    repeats = "; ".join(f"{label}: {row['val_mean_dice_mean']:.3f}" for label, row in others.items())
     text = (
-        f"Goal: the log-barrier at least 0.945 and ahead of every other formulation. Here it reaches "
-        f"{dice['Log-barrier']:.3f}; the best formulation is: {best}."
+        f"Goal: the log-barrier at least 0.945 and ahead of every other formulation. In this table it reaches "
+        f"{dice['Log-barrier']:.3f}, and the best formulation is: {best}. Repeated runs, Dice over the last 10 epochs: "
+        f"{repeats}."
     )
     header = ["Formulation", "Setting", "Dice", "Satisfied", "Stability", "Minutes of training", "Dice, thesis"]
     return table(header, rows), text
