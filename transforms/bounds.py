@@ -289,14 +289,16 @@ def _checked_label(label: np.ndarray | Tensor, num_classes: int, name: str) -> n
     array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
     if array.ndim not in (2, 3):
         raise ValueError(f"{name}: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
-    # NaN fails each comparison.
-    if not ((array >= 0) & (array <= num_classes - 1) & (array == np.round(array))).all():
+    with np.errstate(invalid="ignore"):  # NaN and infinity become some number, which they do not equal
+        numbers = array.astype(np.int64, copy=False)
+    whole = numbers is array or bool((numbers == array).all())
+    if not whole or (array.size and not 0 <= numbers.min() <= numbers.max() < num_classes):
         raise ValueError(
             f"{name}: expected class numbers 0 to {num_classes - 1} on every voxel, got values such as "
             f"{np.unique(array)[[0, -1]].tolist()}; set num_classes, map them (MapLabelValued), and give the full "
             "label: a size needs all voxels."
         )
-    return array.astype(np.int64)
+    return numbers
 
 
 def _checked_spacing(spacing_mm: Sequence[float], dims: int) -> list[float]:
