@@ -14,28 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.bundle import ConfigParser
+from bundle_epochs import parsed_bundle
 from timing import medians_ms, steady_allocator, write
 
 from medconstraints.data import make_cohort
 
-BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "box_prior"
 SHAPE = (48, 64, 48)
 
 
 def trainer(overlays: list[str], datalist: Path, output_dir: Path) -> Any:
     """The bundle's trainer for one epoch, without validation, logs and checkpoints."""
-    parser = ConfigParser()
-    parser.read_config([str(BUNDLE / "configs" / f"{name}.json") for name in ["train", *overlays]])
-    parser.update(
-        {
-            "bundle_root": str(BUNDLE),
-            "dataset_dir": str(datalist.parent),
-            "output_dir": str(output_dir),
-            "epochs": 1,
-            "train#trainer#train_handlers": [],
-        }
-    )
+    parser = parsed_bundle("box_prior", overlays, datalist, output_dir)
     return parser.get_parsed_content("train#trainer")
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
+from bundle_epochs import parsed_bundle
 from timing import medians_ms, steady_allocator, write
 
 from medconstraints.data import make_cohort
 from medconstraints.engines import DualPassHandler, StepFormulationHandler
 
-BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 SHAPE = (48, 64, 48)
 
 
@@ -37,18 +36,7 @@ def epoch(bundle: str, overlays: list[str], datalist: Path, output_dir: Path, **
             "train#selection#keys": ["image", "weak_label"],
             "train#prepare_batch#target_keys": ["weak_label"],
         }
-    parser = ConfigParser()
-    parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ["train", *overlays]])
-    parser.update(
-        {
-            "bundle_root": str(BUNDLES / bundle),
-            "dataset_dir": str(datalist.parent),
-            "output_dir": str(output_dir),
-            "epochs": 1,
-            "train#trainer#train_handlers": [],
-            **options,
-        }
-    )
+    parser = parsed_bundle(bundle, overlays, datalist, output_dir, **options)
     trainer = parser.get_parsed_content("train#trainer")
     if plain:
         # The partial cross-entropy alone: no constraint is computed.

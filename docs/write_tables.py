@@ -148,6 +148,18 @@ def toy() -> tuple[str, str]:
     return table(header, rows), text
 
 
+def measured_by(*results: dict[str, Any]) -> list[str]:
+    """Command, date and machine of each benchmark, as paragraphs."""
+    lines = []
+    for where in (result["environment"] for result in results):
+        lines.append("")
+        lines.append(
+            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
+            f"{where['device']} ({where['processor']})."
+        )
+    return lines
+
+
 def constraint_benchmarks() -> str:
     """Time and memory of the constraint losses, of the formulations, and of an epoch."""
     loss, epoch = load("benchmark_constraint_loss.json"), load("benchmark_constraint_epoch.json")
@@ -173,14 +185,7 @@ def constraint_benchmarks() -> str:
     cells = [[row["case"], f"{row['ratio']:.3f}x"] for row in epoch["rows"]]
     lines += [table(["One epoch of the bundle", "Against cross-entropy on full labels"], cells), ""]
     lines += ["Goals: log-barrier at most 1.02x, Lagrangians at most 1.10x, proposals at most 1.5x."]
-    for result in (loss, epoch):
-        where = result["environment"]
-        lines.append("")
-        lines.append(
-            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
-            f"{where['device']} ({where['processor']})."
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *measured_by(loss, epoch)])
 
 
 def filling() -> tuple[str, str]:
@@ -224,14 +229,7 @@ def benchmarks() -> str:
     counted = "; ".join(f"at most {name}: {count} of {len(loss['rows'])}" for name, count in met.items())
     lines += [f"Goals and how many of these cases meet them: {counted}.", ""]
     lines += [f"One epoch of the bundle ({row['case']}): {row['ratio']:.3f}x (goal 1.03x)." for row in epoch["rows"]]
-    for result in (loss, epoch):
-        where = result["environment"]
-        lines.append("")
-        lines.append(
-            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
-            f"{where['device']} ({where['processor']})."
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *measured_by(loss, epoch)])
 
 
 SHIPPED = {

@@ -19,13 +19,8 @@ from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
-from medconstraints.transforms.weak_labels import (
-    ErodeLabeld,
-    RandomPointLabeld,
-    ScribbleToWeakLabeld,
-    erode_label,
-    random_point_label,
-)
+from medconstraints.transforms.weak_label_maps import erode_label, random_point_label
+from medconstraints.transforms.weak_labels import ErodeLabeld, RandomPointLabeld, ScribbleToWeakLabeld
 
 if TYPE_CHECKING:
     from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds

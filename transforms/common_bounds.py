@@ -158,7 +158,7 @@ def _checked_bounds(bounds: Any, name: str) -> list[list[float]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module."""
-    from medconstraints.data.datalist_sections import read_datalist
+    from medconstraints.data.datalist_sections import choose_segmented
     from medconstraints.transforms.chains import read_volumes
 
     parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.common_bounds", description=__doc__)
@@ -184,20 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if Path(args.output).exists() and not args.overwrite:
             raise FileExistsError(f"--output: {args.output} exists; choose another name or add --overwrite.")
-        items = [item for item in read_datalist(args.datalist, args.section) if "label" in item]
-        if not items:
-            raise ValueError(
-                f"datalist: no entry of section {args.section!r} in {args.datalist} has a label; give a section "
-                "(--section) or a list (--datalist) with a segmented case."
-            )
-        if args.cases < 1:
-            raise ValueError(f"--cases: expected at least 1, got {args.cases}.")
-        chosen = items[:: max(1, len(items) // args.cases)][: args.cases]
-        if args.patient is not None:
-            chosen = [item for item in items if item.get("patient") in args.patient]
-            missing = sorted(set(args.patient) - {str(item["patient"]) for item in chosen})
-            if missing:
-                raise ValueError(f"--patient: no entry of section {args.section!r} has the patients {missing}.")
+        chosen = choose_segmented(args.datalist, args.section, cases=args.cases, patients=args.patient)
         read = Compose(
             read_volumes(num_classes=args.num_classes, spacing_mm=args.spacing_mm, spatial_dims=args.spatial_dims)
         )

@@ -70,7 +70,7 @@ def fit_size_bounds(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module."""
-    from medconstraints.data.datalist_sections import read_datalist
+    from medconstraints.data.datalist_sections import choose_segmented
     from medconstraints.transforms.chains import read_volumes
 
     parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.size_bounds", description=__doc__)
@@ -85,15 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quantiles", type=float, nargs=2, default=[0.05, 0.95])
     args = parser.parse_args(argv)
     try:
-        items = [item for item in read_datalist(args.datalist, args.section) if "label" in item]
-        if not items:
-            raise ValueError(
-                f"datalist: no entry of section {args.section!r} in {args.datalist} has a label; give a section "
-                "(--section) or a list (--datalist) with a few segmented cases."
-            )
-        if args.cases < 1:
-            raise ValueError(f"--cases: expected at least 1, got {args.cases}.")
-        chosen = items[:: max(1, len(items) // args.cases)][: args.cases]
+        chosen = choose_segmented(args.datalist, args.section, cases=args.cases)
         read = Compose(read_volumes(num_classes=args.num_classes))
         bounds = fit_size_bounds(
             [read(item)["label"] for item in chosen],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,93 +12,26 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type
-from scipy import ndimage
 from torch import Tensor
 
 from medconstraints.transforms.check_volumes import VolumeError
+from medconstraints.transforms.weak_label_maps import (
+    as_array,
+    check_ignore_index,
+    class_map,
+    eroded,
+    pointed,
+    shown_values,
+    whole_number,
+)
 
 __all__ = [
     "ErodeLabeld",
     "RandomPointLabeld",
     "ScribbleToWeakLabeld",
-    "erode_label",
     "is_fully_labelled",
     "label_name",
-    "random_point_label",
 ]
-
-Part = tuple[int | slice, ...]
-SHOWN_VALUES = 5
-
-
-def erode_label(
-    label: np.ndarray | Tensor, *, kernel_voxels: int = 10, slice_axis: int | None = None, ignore_index: int = -1
-) -> np.ndarray:
-    """The inner part of every class, as if only the middle of each object had been painted (Kervadec 2020, 2.4.2).
-
-    Binary erosion with a box of `kernel_voxels` along each axis. Where nothing is left of a class, again with a smaller
-    box, 0.7 of the side (10, 7, 5, 4, 3, 2, 1), so that every class keeps at least one voxel. What lies outside the
-    image counts as outside the class. A box with an even side has no middle voxel: the result then lies half a voxel
-    off, towards the higher indices.
-
-    Args:
-        label: (*S), 2D or 3D, integer values; 0 is background. Voxels of value `ignore_index` belong to no class.
-        kernel_voxels: side of the box.
-        slice_axis: None erodes each class as a volume; with an axis each class is eroded slice by slice across it,
-            and keeps a voxel in every slice that has it.
-        ignore_index: value of the voxels without annotation; no class number.
-
-    Returns:
-        (*S) int32: the class on the annotated voxels, `ignore_index` elsewhere. Class 0 is never annotated, so a label
-        without foreground has no annotated voxel.
-
-    Raises:
-        ValueError: an argument is outside its range, or the values are no class numbers.
-
-    Example:
-        >>> erode_label(np.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]), kernel_voxels=3).tolist()
-        [[-1, -1, -1, -1], [-1, 1, -1, -1], [-1, -1, -1, -1]]
-    """
-    kernel = _whole_number("kernel_voxels", kernel_voxels, 1)
-    return _erode(_class_map(label, ignore_index), kernel, slice_axis, ignore_index)
-
-
-def random_point_label(
-    label: np.ndarray | Tensor,
-    *,
-    radius_voxels: int = 4,
-    slice_axis: int | None = None,
-    background: bool = False,
-    ignore_index: int = -1,
-    seed: int = 0,
-) -> np.ndarray:
-    """A random point of every class and a small disc around it, as if an annotator had clicked (Kervadec 2020, 2.4.2).
-
-    The point is uniform over the voxels of the class. Around it the largest disc (a ball in a volume) of at most
-    `radius_voxels` that lies wholly inside the class and the image is annotated. The points belong to the label: the
-    same label gets the same ones at every call and in every process.
-
-    Args:
-        label: (*S), 2D or 3D, integer values; 0 is background. Voxels of value `ignore_index` belong to no class.
-        radius_voxels: largest radius; 0 annotates the point alone.
-        slice_axis: None for one ball a class in the volume; an axis for one disc in every slice across it that has the
-            class.
-        background: annotate a disc of class 0 by the same rule. It does not move the points of the other classes.
-        ignore_index: value of the voxels without annotation; no class number.
-        seed: of the points.
-
-    Returns:
-        (*S) int32: the class on the annotated voxels, `ignore_index` elsewhere. A class that is absent has none.
-
-    Raises:
-        ValueError: an argument is outside its range, or the values are no class numbers.
-
-    Example:
-        >>> random_point_label(np.array([[0, 0, 0], [0, 2, 0], [0, 0, 0]])).tolist()
-        [[-1, -1, -1], [-1, 2, -1], [-1, -1, -1]]
-    """
-    radius = _whole_number("radius_voxels", radius_voxels, 0)
-    return _points(_class_map(label, ignore_index), radius, slice_axis, background, ignore_index, int(seed))
 
 
 def is_fully_labelled(item: Mapping[Hashable, Any], full_key: str) -> bool:
@@ -140,7 +72,7 @@ class _WeakLabeld(MapTransform):
         allow_missing_keys: bool,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        _check_ignore_index(ignore_index)
+        check_ignore_index(ignore_index)
         self.weak_key = weak_key
         self.ignore_index = int(ignore_index)
         self.full_key = full_key
@@ -165,7 +97,7 @@ class _WeakLabeld(MapTransform):
                     f"{name}: expected a map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
                     "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
                 )
-            weak = _class_map(label[0], self.ignore_index, name) if full else self._weaken(label[0], name)
+            weak = class_map(label[0], self.ignore_index, name) if full else self._weaken(label[0], name)
             if not self.allow_empty and (weak == self.ignore_index).all():
                 raise VolumeError(
                     f"{name}: no voxel of its weak label is annotated; leave this item out, or set allow_empty=True."
@@ -223,12 +155,12 @@ class ErodeLabeld(_WeakLabeld):
             allow_empty=allow_empty,
             allow_missing_keys=allow_missing_keys,
         )
-        self.kernel_voxels = _whole_number("kernel_voxels", kernel_voxels, 1)
+        self.kernel_voxels = whole_number("kernel_voxels", kernel_voxels, 1)
         self.slice_axis = slice_axis
 
     def _weaken(self, label: Tensor, name: str) -> np.ndarray:
-        array = _class_map(label, self.ignore_index, name)
-        return _erode(array, self.kernel_voxels, self.slice_axis, self.ignore_index)
+        array = class_map(label, self.ignore_index, name)
+        return eroded(array, self.kernel_voxels, self.slice_axis, self.ignore_index)
 
 
 class RandomPointLabeld(_WeakLabeld):
@@ -277,14 +209,14 @@ class RandomPointLabeld(_WeakLabeld):
             allow_empty=allow_empty,
             allow_missing_keys=allow_missing_keys,
         )
-        self.radius_voxels = _whole_number("radius_voxels", radius_voxels, 0)
+        self.radius_voxels = whole_number("radius_voxels", radius_voxels, 0)
         self.slice_axis = slice_axis
         self.background = background
         self.seed = int(seed)
 
     def _weaken(self, label: Tensor, name: str) -> np.ndarray:
-        array = _class_map(label, self.ignore_index, name)
-        return _points(array, self.radius_voxels, self.slice_axis, self.background, self.ignore_index, self.seed)
+        array = class_map(label, self.ignore_index, name)
+        return pointed(array, self.radius_voxels, self.slice_axis, self.background, self.ignore_index, self.seed)
 
 
 class ScribbleToWeakLabeld(_WeakLabeld):
@@ -355,7 +287,7 @@ class ScribbleToWeakLabeld(_WeakLabeld):
         self.num_classes = num_classes
 
     def _weaken(self, label: Tensor, name: str) -> np.ndarray:
-        values = _array(label)
+        values = as_array(label)
         blank = (values == self.unlabelled) | (values == self.ignore_index)
         strokes = np.unique(values[~blank])
         top = np.inf if self.num_classes is None else self.num_classes - 1
@@ -364,98 +296,10 @@ class ScribbleToWeakLabeld(_WeakLabeld):
             last = "1, 2, ..." if self.num_classes is None else self.num_classes - 1
             raise VolumeError(
                 f"{name}: has values that are neither a class number 0 to {last} nor unlabelled={self.unlabelled}: "
-                f"{_shown(wrong)}; set unlabelled or num_classes, or map them (MapLabelValued)."
+                f"{shown_values(wrong)}; set unlabelled or num_classes, or map them (MapLabelValued)."
             )
         if not self.keep_background:
             blank |= values == 0
         weak = np.full(values.shape, self.ignore_index, dtype=np.int32)
         weak[~blank] = values[~blank]
         return weak
-
-
-def _erode(array: np.ndarray, kernel: int, slice_axis: int | None, ignore_index: int) -> np.ndarray:
-    weak = np.full_like(array, ignore_index)
-    for cls, part in _classes_in_parts(array, slice_axis, ignore_index):
-        # Nothing of the class lies outside its bounding box, and constant mode takes what lies outside for zero.
-        mask = (array[part] == cls).astype(np.uint8)
-        box = ndimage.find_objects(mask)[0]
-        side = kernel
-        while not (left := ndimage.minimum_filter(mask[box], size=side, mode="constant", cval=0)).any():
-            side = (7 * side + 5) // 10  # round(0.7 side): 10, 7, 5, 4, 3, 2, 1; a side of 1 leaves the mask as it is
-        weak[part][box][left > 0] = cls
-    return weak
-
-
-def _points(
-    array: np.ndarray, radius: int, slice_axis: int | None, background: bool, ignore_index: int, seed: int
-) -> np.ndarray:
-    weak = np.full_like(array, ignore_index)
-    random = np.random.default_rng([seed, zlib.crc32(array.tobytes())])
-    for cls, part in _classes_in_parts(array, slice_axis, ignore_index, background):
-        mask = array[part] == cls
-        voxels = np.flatnonzero(mask)
-        centre = np.array(np.unravel_index(voxels[random.integers(len(voxels))], mask.shape))
-        start, stop = np.maximum(centre - radius, 0), np.minimum(centre + radius + 1, mask.shape)
-        window = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        offsets = np.ogrid[window]
-        squared = sum(np.square(axis - c) for axis, c in zip(offsets, centre, strict=True))
-        # Squared distances are whole numbers: the comparisons are exact. The first layer outside the image is outside.
-        edge = int(np.minimum(centre + 1, mask.shape - centre).min()) ** 2
-        edge = min(edge, int(np.min(squared, where=~mask[window], initial=edge)))
-        weak[part][window][(squared <= radius**2) & (squared < edge)] = cls
-    return weak
-
-
-def _classes_in_parts(
-    array: np.ndarray, slice_axis: int | None, ignore_index: int, background: bool = False
-) -> list[tuple[int, Part]]:
-    """Each class with the volume, or with every slice, that has it; the background last."""
-    if slice_axis is not None and not 0 <= slice_axis < array.ndim:
-        raise ValueError(f"slice_axis: expected None or an axis 0..{array.ndim - 1}, got {slice_axis}.")
-    classes = [int(cls) for cls in np.unique(array) if cls > 0 and cls != ignore_index]
-    if background and (array == 0).any():
-        classes.append(0)
-    if slice_axis is None:
-        return [(cls, ()) for cls in classes]
-    others = tuple(axis for axis in range(array.ndim) if axis != slice_axis)
-    lead: Part = (slice(None),) * slice_axis
-    return [(cls, (*lead, int(i))) for cls in classes for i in np.flatnonzero((array == cls).any(axis=others))]
-
-
-def _class_map(label: np.ndarray | Tensor, ignore_index: int, name: str = "label") -> np.ndarray:
-    """The label as int32 in C order (equal labels have equal bytes), checked."""
-    _check_ignore_index(ignore_index)
-    array = _array(label)
-    if array.ndim not in (2, 3):
-        raise ValueError(f"{name}: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
-    found = np.unique(array)
-    wrong = found[~(((found >= 0) & (found < np.inf) & (found == np.round(found))) | (found == ignore_index))]
-    if len(wrong):
-        raise ValueError(
-            f"{name}: expected whole class numbers >= 0 or ignore_index={ignore_index}, got {_shown(wrong)}; set "
-            "ignore_index, map them (MapLabelValued), or resample labels with mode='nearest'."
-        )
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _array(label: np.ndarray | Tensor) -> np.ndarray:
-    return np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
-
-
-def _shown(values: np.ndarray) -> str:
-    more = f" and {len(values) - SHOWN_VALUES} more" if len(values) > SHOWN_VALUES else ""
-    return ", ".join(f"{value:g}" for value in values[:SHOWN_VALUES]) + more
-
-
-def _check_ignore_index(ignore_index: int) -> None:
-    if int(ignore_index) != ignore_index or ignore_index == 0:
-        raise ValueError(
-            f"ignore_index: expected an integer that is no class, such as -1 or 255, got {ignore_index}; 0 is the "
-            "background."
-        )
-
-
-def _whole_number(name: str, value: int, low: int) -> int:
-    if int(value) != value or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}.")
-    return int(value)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH_KEYS", "load_datalist", "read_datalist", "read_labelled"]
+__all__ = ["PATH_KEYS", "choose_segmented", "load_datalist", "read_datalist", "read_labelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +101,35 @@ def read_labelled(path: str | Path, section: str) -> list[dict[str, Any]]:
             "%d of %d entries of %r have no label and are left out", len(entries) - len(labelled), len(entries), section
         )
     return labelled
+
+
+def choose_segmented(
+    path: str | Path, section: str, *, cases: int, patients: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """A few segmented entries, from which bounds are fitted: evenly spread over the section, or of some patients.
+
+    Args:
+        path: see `read_datalist`.
+        section: entries without a label are passed over.
+        cases: number of entries, or all labelled ones if there are fewer.
+        patients: values of "patient" whose entries are taken instead.
+
+    Raises:
+        FileNotFoundError: no such datalist.
+        ValueError: no entry has a label, `cases` is below 1, or a patient is not there.
+    """
+    items = [item for item in read_datalist(path, section) if "label" in item]
+    if not items:
+        raise ValueError(
+            f"datalist: no entry of section {section!r} in {path} has a label; give a section (--section) or a list "
+            "(--datalist) with a few segmented cases."
+        )
+    if patients is not None:
+        chosen = [item for item in items if item.get("patient") in patients]
+        missing = sorted(set(patients) - {str(item["patient"]) for item in chosen})
+        if missing:
+            raise ValueError(f"--patient: no entry of section {section!r} has the patients {missing}.")
+        return chosen
+    if cases < 1:
+        raise ValueError(f"--cases: expected at least 1, got {cases}.")
+    return items[:: max(1, len(items) // cases)][:cases]

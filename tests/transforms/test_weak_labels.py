@@ -14,13 +14,12 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, MapLabelV
 from scipy import ndimage
 
 from medconstraints.transforms import VolumeError
+from medconstraints.transforms.weak_label_maps import erode_label, random_point_label
 from medconstraints.transforms.weak_labels import (
     ErodeLabeld,
     RandomPointLabeld,
     ScribbleToWeakLabeld,
-    erode_label,
     is_fully_labelled,
-    random_point_label,
 )
 
 ODD_SIDES = {9: [9, 6, 4, 3, 2, 1], 5: [5, 4, 3, 2, 1], 3: [3, 2, 1], 10: [10, 7, 5, 4, 3, 2, 1], 1: [1]}
@@ -277,7 +276,7 @@ def test_one_label_gets_one_set_of_points(label):
 @pytest.mark.slow
 def test_points_do_not_depend_on_the_process():
     code = (
-        "import numpy as np, json; from medconstraints.transforms.weak_labels import random_point_label as f;"
+        "import numpy as np, json; from medconstraints.transforms.weak_label_maps import random_point_label as f;"
         "a = np.zeros((30, 30)); a[4:25, 6:28] = 1; print(json.dumps(f(a, background=True).tolist()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
