@@ -16,6 +16,7 @@ from medconstraints.transforms.chains import (
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
+from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BoxesToGridd",
     "CheckVolumesd",
+    "DecodeDistanceMapd",
     "ErodeLabeld",
     "ItemToBoundsd",
     "LabelToBoundsd",
@@ -39,6 +41,7 @@ __all__ = [
     "RandomPointLabeld",
     "SaveMaskd",
     "ScribbleToWeakLabeld",
+    "SignedDistanceMapd",
     "VolumeError",
     "bounds_from",
     "boxes_from",

@@ -39,6 +39,7 @@ def read_volumes(
     spacing_mm: Sequence[float] = (-1.0, -1.0, -1.0),
     axcodes: str = "RAS",
     spatial_dims: int = 3,
+    nonzero: bool = False,
 ) -> list[Callable[..., Any]]:
     """Load, check, orient, resample and normalise the image, and the labels with it where an item has them.
 
@@ -49,9 +50,10 @@ def read_volumes(
         spacing_mm: voxel spacing to resample to, one value per axis after orientation; -1 keeps an axis as it is.
         axcodes: orientation of volumes.
         spatial_dims: 3, or 2 for images, which keep their orientation.
+        nonzero: normalise the voxels that are not 0 alone, for images whose background was set to 0.
 
     Returns:
-        Transforms for `Compose`. Intensities get zero mean and unit variance in each volume.
+        Transforms for `Compose`. Intensities get zero mean and unit variance in each channel of each volume.
     """
     labels = [*([label_key] if label_key is not None else []), *other_label_keys]
     keys = ["image", *labels]
@@ -64,7 +66,8 @@ def read_volumes(
         chain.append(Orientationd(keys, axcodes=axcodes, labels=None, allow_missing_keys=True))
     if any(step > 0 for step in spacing_mm):
         chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
-    return [*chain, NormalizeIntensityd("image"), EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
+    normalize = NormalizeIntensityd("image", nonzero=nonzero, channel_wise=True)
+    return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
 
 
 def boxes_from(

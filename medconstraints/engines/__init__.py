@@ -10,6 +10,7 @@ from medconstraints.engines.checkpoints import (
 from medconstraints.engines.constraints import ConstraintMetricsHandler, DualPassHandler
 from medconstraints.engines.handler_lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
+from medconstraints.engines.loss_weights import LossWeightHandler
 from medconstraints.engines.monitoring import (
     LossTermsHandler,
     RequireAnnotationHandler,
@@ -25,6 +26,7 @@ __all__ = [
     "EpochSeedHandler",
     "HandlerList",
     "LossTermsHandler",
+    "LossWeightHandler",
     "PrepareBatchTargets",
     "RequireAnnotationHandler",
     "RequireBoxesHandler",

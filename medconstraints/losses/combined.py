@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from medconstraints.distance.provenance import check_not_resampled
 from medconstraints.losses.base import plain
 
 __all__ = ["CombinedLoss"]
@@ -25,6 +26,8 @@ class CombinedLoss(_Loss):
             {"bounds": "size_bounds", "index": "index"} for `ConstraintLoss`.
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
+        skip_unweighted: leave out losses while their weight is 0, and the time they take; they then have no part in
+            `terms()`, and what they observe (a Lagrangian its residuals) is not updated.
 
     Raises:
         TypeError: `losses` is not a mapping to modules.
@@ -43,6 +46,7 @@ class CombinedLoss(_Loss):
         *,
         keys: Mapping[str, str | Mapping[str, str]] | None = None,
         weights: Mapping[str, float] | None = None,
+        skip_unweighted: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(losses, Mapping) or not all(isinstance(loss, nn.Module) for loss in losses.values()):
@@ -59,6 +63,7 @@ class CombinedLoss(_Loss):
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"weights: expected finite numbers, got {weight} for {name!r}.")
+        self.skip_unweighted = skip_unweighted
         self._last: dict[str, Tensor] = {}
 
     def forward(self, input: Tensor, target: Mapping[str, Tensor] | Tensor) -> Tensor:
@@ -70,23 +75,26 @@ class CombinedLoss(_Loss):
 
         Raises:
             KeyError: a target is missing; the message lists what is there.
+            ValueError: a distance map was resampled.
         """
         total: Tensor | None = None
         self._last = {}
         for name, loss in self.losses.items():
+            if self.skip_unweighted and self.weights[name] == 0:
+                continue
             own = target if isinstance(target, Tensor) else self._target(target, name)
             value = self.weights[name] * plain(loss(input, own))
             self._last[name] = value.detach()
             total = value if total is None else total + value
-        assert total is not None
-        return total
+        # All weights are 0: a sum that can be differentiated all the same.
+        return plain(input).sum() * 0.0 if total is None else total
 
     def terms(self) -> dict[str, Tensor]:
         """Weighted value of each loss in the last forward pass, and `name_term`, unweighted, for one with terms."""
         terms = dict(self._last)
         for name, loss in self.losses.items():
             own: Any = getattr(loss, "terms", None)
-            if own is not None:
+            if own is not None and name in self._last:
                 terms.update({f"{name}_{key}": value for key, value in own().items()})
         return terms
 
@@ -102,4 +110,8 @@ class CombinedLoss(_Loss):
                 f"target: no entry {key!r} for the loss {name!r}, got {sorted(map(str, target))}; add the transform "
                 "that makes it and name it in PrepareBatchTargets(target_keys=...)."
             )
-        return plain(target[key]) if isinstance(target[key], Tensor) else torch.as_tensor(target[key])
+        value: Any = target[key]
+        if not isinstance(value, Tensor):
+            return torch.as_tensor(value)
+        check_not_resampled(value, key)
+        return plain(value)

@@ -19,6 +19,7 @@ MAX_BYTES = 5_000_000
 # targets; nothing at all imports a bundle.
 FORBIDDEN = {
     "medconstraints.statistics": ("formulations", "losses", "engines", "transforms", "data", "reports"),
+    "medconstraints.distance": ("formulations", "losses", "engines", "transforms", "data", "reports"),
     "medconstraints.formulations": ("losses", "engines"),
     "medconstraints.losses": ("engines", "transforms"),
     "medconstraints.transforms": ("losses", "engines"),

@@ -1,0 +1,387 @@
+"""Distance-weighted cross-entropy: against a slow reference and PyTorch, no boundary, half precision, refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch.nn import functional
+
+from medconstraints.losses import CombinedLoss
+from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
+
+SHAPES = {"2D": (2, 3, 6, 5), "3D": (2, 2, 3, 4, 5), "one sample": (1, 6, 4, 3)}
+CLASS_WEIGHTS = {"frequency": "frequency", "balanced": "balanced", "values": "values", "none": None}
+LABELS = ["all classes", "class 1 is absent", "no foreground", "full foreground", "one voxel"]
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+class_weights = pytest.mark.parametrize("class_weight", CLASS_WEIGHTS.values(), ids=CLASS_WEIGHTS)
+labels = pytest.mark.parametrize("case", LABELS)
+reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+def distances(label, classes, spacing=1.0):
+    """Signed distances in mm to the nearest voxel of the other side, zeros where there is none: (B, C, *S)."""
+    maps = np.zeros((len(label), classes, *label.shape[2:]))
+    where = spacing * np.argwhere(np.ones(label.shape[2:]))
+    apart = np.linalg.norm(where[:, None] - where, axis=-1)
+    for b, c in np.ndindex(len(label), classes):
+        inside = label[b, 0].numpy().ravel() == c
+        if inside.any() and not inside.all():
+            nearest = np.where(inside[:, None] != inside, apart, np.inf).min(1)
+            maps[b, c] = np.where(inside, -nearest, nearest).reshape(maps.shape[2:])
+    return torch.from_numpy(maps)
+
+
+def make_target(case, shape, rng):
+    """Class numbers (B, 1, *S) and their distance map."""
+    classes, size = shape[1], (shape[0], 1, *shape[2:])
+    label = {
+        "all classes": rng.integers(0, classes, size),
+        "class 1 is absent": rng.choice([c for c in range(classes) if c != 1], size),
+        "no foreground": np.zeros(size, int),
+        "full foreground": np.full(size, classes - 1),
+        "one voxel": np.zeros(size, int),
+    }[case]
+    if case == "one voxel":
+        label.reshape(shape[0], -1)[:, 7] = classes - 1
+    if case == "class 1 is absent" and shape[0] > 1:
+        label[0] = rng.integers(0, classes, size[1:])  # in the other samples, not in this one
+    label = torch.from_numpy(label)
+    return {"label": label, "distance_map": distances(label, classes)}
+
+
+def random_logits(shape, rng):
+    """Logits, double."""
+    return torch.from_numpy(rng.normal(scale=2, size=shape))
+
+
+def reference(logits, target, *, boundary_weight=10.0, sigma_mm=5.0, class_weight="frequency"):
+    """Thesis, section 4.3.2, voxel by voxel and class by class: (B, 1, *S)."""
+    logits, label, maps = logits.detach().double().numpy(), target["label"].numpy(), target["distance_map"].numpy()
+    values = np.zeros(label.shape)
+    for b in range(len(logits)):
+        share = [np.mean(label[b] == c) for c in range(logits.shape[1])]
+        present = sum(s > 0 for s in share)
+        for where in np.ndindex(*label.shape[2:]):
+            scores = logits[(b, slice(None), *where)]
+            log_probs = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+            for c in range(logits.shape[1]):
+                if label[(b, 0, *where)] != c:
+                    continue
+                if class_weight == "frequency":
+                    w = share[c]
+                elif class_weight == "balanced":
+                    w = 1 / (share[c] * present)
+                else:
+                    w = 1.0 if class_weight is None else class_weight[c]
+                if np.any(maps[b, c] != 0):
+                    w += boundary_weight * math.exp(-(maps[(b, c, *where)] ** 2) / (2 * sigma_mm**2))
+                values[(b, 0, *where)] -= w * log_probs[c]
+    return values
+
+
+# Values
+
+
+@reductions
+@class_weights
+@labels
+@shapes
+def test_equals_the_reference(shape, case, class_weight, reduction, rng):
+    logits, target = random_logits(shape, rng), make_target(case, shape, rng)
+    if class_weight == "values":
+        class_weight = [0.25 * (c + 1) for c in range(shape[1])]
+    options = {"boundary_weight": 4.0, "sigma_mm": 1.5, "class_weight": class_weight}
+    expected = reference(logits, target, **options)
+    value = DistanceWeightedCrossEntropyLoss(reduction=reduction, **options)(logits, target)
+    assert value.shape == (target["label"].shape if reduction == "none" else ())
+    np.testing.assert_allclose(
+        value.numpy(), {"mean": expected.mean(), "sum": expected.sum(), "none": expected}[reduction], rtol=1e-9
+    )
+
+
+def test_the_defaults_are_those_of_the_thesis(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    value = DistanceWeightedCrossEntropyLoss()(logits, target)
+    assert value.item() == pytest.approx(reference(logits, target).mean(), rel=1e-9)
+
+
+def test_by_hand():
+    """Four voxels in a row, the last of class 1; undecided, so that each costs log 2."""
+    label = torch.tensor([0, 0, 0, 1]).view(1, 1, 1, 4)
+    outside = torch.tensor([2.5, 1.5, 0.5, -0.5]).view(1, 1, 1, 4)
+    target = {"label": label, "distance_map": torch.cat([-outside, outside], 1)}
+    value = DistanceWeightedCrossEntropyLoss(sigma_mm=2.0, reduction="none")(torch.zeros(1, 2, 1, 4), target)
+    weight = [w + 10 * math.exp(-(d**2) / 8) for w, d in ((0.75, 2.5), (0.75, 1.5), (0.75, 0.5), (0.25, 0.5))]
+    np.testing.assert_allclose(value.numpy().ravel(), math.log(2) * np.array(weight), rtol=1e-6)
+
+
+@reductions
+@shapes
+def test_without_weights_it_is_the_cross_entropy(shape, reduction, rng):
+    logits, target = random_logits(shape, rng), make_target("all classes", shape, rng)
+    loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=None, reduction=reduction)
+    expected = functional.cross_entropy(logits, target["label"][:, 0], reduction=reduction)
+    torch.testing.assert_close(loss(logits, target).reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("given", [list, tuple, torch.tensor])
+def test_class_weights_are_those_of_pytorch(given, rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    values = [0.25, 1.0, 4.0]
+    loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=given(values), reduction="sum")
+    weight = torch.tensor(values, dtype=torch.float64)
+    expected = functional.cross_entropy(logits, target["label"][:, 0], weight=weight, reduction="sum")
+    torch.testing.assert_close(loss(logits, target), expected)
+
+
+@labels
+def test_balanced_weights_have_mean_one_and_give_each_class_the_same(case, rng):
+    """Undecided, so that a voxel costs its weight times log C."""
+    shape = (3, 4, 6, 5)
+    target = make_target(case, shape, rng)
+    loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight="balanced", reduction="none")
+    weight = loss(torch.zeros(shape), target).double() / math.log(4)
+    np.testing.assert_allclose(weight.mean((1, 2, 3)).numpy(), 1, rtol=1e-6)
+    for own, label in zip(weight, target["label"], strict=True):
+        parts = [own[label == c].sum().item() for c in label.unique()]
+        np.testing.assert_allclose(parts, parts[0], rtol=1e-6)
+
+
+# Boundaries
+
+
+def test_the_weight_falls_with_the_distance_on_both_sides():
+    target = {"label": torch.zeros(1, 1, 1, 16).long()}
+    target["label"][..., 8:] = 1
+    target["distance_map"] = distances(target["label"], 2)
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=None, sigma_mm=2.0, reduction="none")
+    weight = loss(torch.zeros(1, 2, 1, 16), target).ravel()
+    assert (weight[:8].diff() > 0).all() and (weight[8:].diff() < 0).all()
+    torch.testing.assert_close(weight, weight.flip(0))
+
+
+@class_weights
+@pytest.mark.parametrize("case", ["no foreground", "full foreground"])
+def test_without_a_boundary_there_is_no_boundary_weight(case, class_weight, rng):
+    """One class fills the image: its share is 1, and balanced weights are 1 too."""
+    shape = (2, 3, 6, 5)
+    logits, target = random_logits(shape, rng), make_target(case, shape, rng)
+    assert (target["distance_map"] == 0).all()
+    value = 1.0 if class_weight != "values" else 2.0
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=[value] * 3 if class_weight == "values" else class_weight)
+    torch.testing.assert_close(loss(logits, target), value * functional.cross_entropy(logits, target["label"][:, 0]))
+
+
+def test_the_boundary_is_looked_for_in_each_sample(rng):
+    """A batch of an image with an object and one without is the mean of both."""
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("one voxel", (2, 3, 6, 5), rng)
+    target["label"][1] = 0
+    target["distance_map"] = distances(target["label"], 3)
+    loss = DistanceWeightedCrossEntropyLoss()
+    single = [loss(logits[b : b + 1], {key: value[b : b + 1] for key, value in target.items()}) for b in range(2)]
+    torch.testing.assert_close(loss(logits, target), (single[0] + single[1]) / 2)
+    assert single[0] > 5 * functional.cross_entropy(logits[:1], target["label"][:1, 0])
+
+
+def test_a_voxel_exactly_on_the_boundary_has_its_full_weight():
+    """Maps that are 0 on the inner rim: an object of one voxel is zero inside, and still has a boundary."""
+    label = torch.tensor([0, 0, 1, 0]).view(1, 1, 1, 4)
+    outside = torch.tensor([2.0, 1.0, 0.0, 1.0]).view(1, 1, 1, 4)
+    target = {"label": label, "distance_map": torch.cat([-outside + 1, outside], 1)}
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=None, reduction="none")
+    assert loss(torch.zeros(1, 2, 1, 4), target)[0, 0, 0, 2].item() == pytest.approx(11 * math.log(2))
+
+
+def test_millimetres_scale_with_sigma(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    finer = {"label": target["label"], "distance_map": distances(target["label"], 3, spacing=0.3)}
+    value = DistanceWeightedCrossEntropyLoss(sigma_mm=2.0)(logits, target)
+    torch.testing.assert_close(DistanceWeightedCrossEntropyLoss(sigma_mm=0.6)(logits, finer), value)
+    assert DistanceWeightedCrossEntropyLoss(sigma_mm=2.0)(logits, finer) > value
+
+
+@pytest.mark.parametrize("far", [1e4, torch.inf])
+def test_far_voxels_have_the_weight_of_their_class_alone(far, rng):
+    logits, label = random_logits((1, 2, 4, 4), rng), torch.from_numpy(rng.integers(0, 2, (1, 1, 4, 4)))
+    value = DistanceWeightedCrossEntropyLoss(class_weight=None)(
+        logits, {"label": label, "distance_map": torch.full((1, 2, 4, 4), far)}
+    )
+    torch.testing.assert_close(value, functional.cross_entropy(logits, label[:, 0]))
+
+
+# Gradients and precision
+
+
+@class_weights
+@labels
+@shapes
+def test_gradcheck(shape, case, class_weight, rng):
+    logits, target = random_logits(shape, rng).requires_grad_(), make_target(case, shape, rng)
+    weight = [1.0] * shape[1] if class_weight == "values" else class_weight
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=weight)
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), logits, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["all classes", "no foreground"])
+def test_gradgradcheck(case, rng):
+    logits, target = random_logits((2, 3, 3, 4), rng).requires_grad_(), make_target(case, (2, 3, 3, 4), rng)
+    loss = DistanceWeightedCrossEntropyLoss()
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, target), logits, fast_mode=True)
+
+
+@pytest.mark.parametrize("class_weight", ["frequency", "balanced", None])
+def test_a_few_steps_on_an_empty_image_lower_the_false_positives(class_weight):
+    bias = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).requires_grad_()
+    target = {"label": torch.zeros(1, 1, 16, 16).long(), "distance_map": torch.zeros(1, 2, 16, 16)}
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=class_weight)
+    for _ in range(20):
+        (slope,) = torch.autograd.grad(loss(bias.expand(-1, -1, 16, 16), target), bias)
+        bias = (bias - slope).detach().requires_grad_()
+    assert torch.softmax(bias, 1)[0, 1].item() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    """Distances whose square is above 65504, and a sum over 40,000 voxels that cost 10 each."""
+    logits = torch.zeros(1, 2, 200, 200, dtype=dtype)
+    logits[:, 1] = 10
+    logits.requires_grad_()
+    target = {"label": torch.zeros(1, 1, 200, 200), "distance_map": torch.full((1, 2, 200, 200), -400, dtype=dtype)}
+    loss = DistanceWeightedCrossEntropyLoss(sigma_mm=400.0, class_weight=None, reduction="sum")
+    value = loss(logits, target)
+    value.backward()
+    expected = 40_000 * (10 + math.log1p(math.exp(-10))) * (1 + 10 * math.exp(-0.5))
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(expected, rel=1e-4)
+    assert logits.grad.dtype == dtype and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_maps_of_another_type(dtype, rng):
+    logits, target = random_logits((2, 3, 6, 5), rng).float(), make_target("all classes", (2, 3, 6, 5), rng)
+    rounded = {"label": target["label"], "distance_map": target["distance_map"].to(dtype)}
+    value = DistanceWeightedCrossEntropyLoss()(logits, rounded)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(reference(logits, target).mean(), rel=2e-3)
+
+
+def test_autocast_changes_nothing(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng).float(), make_target("all classes", (2, 3, 6, 5), rng)
+    loss = DistanceWeightedCrossEntropyLoss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(logits, target)
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(logits, target))
+
+
+def test_large_logits_are_finite(rng):
+    logits = (1e4 * random_logits((2, 3, 6, 5), rng).float()).requires_grad_()
+    value = DistanceWeightedCrossEntropyLoss()(logits, make_target("all classes", (2, 3, 6, 5), rng))
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+# Invariances and drop-in
+
+
+@pytest.mark.parametrize("class_weight", ["frequency", "balanced", None])
+@labels
+def test_flip_and_permutations(case, class_weight, rng):
+    logits, target = random_logits((3, 4, 6, 5), rng), make_target(case, (3, 4, 6, 5), rng)
+    label, maps = target["label"], target["distance_map"]
+    loss, order = DistanceWeightedCrossEntropyLoss(class_weight=class_weight), torch.from_numpy(rng.permutation(4))
+    value = loss(logits, target)
+    flipped = {key: each.flip(0, 2, 3) for key, each in target.items()}
+    torch.testing.assert_close(loss(logits.flip(0, 2, 3), flipped), value)
+    renamed = {"label": torch.argsort(order)[label], "distance_map": maps[:, order]}
+    torch.testing.assert_close(loss(logits[:, order], renamed), value)
+    torch.testing.assert_close(loss(logits + 7, {"label": label, "distance_map": -maps}), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float32])
+def test_labels_of_another_type(dtype, rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    loss = DistanceWeightedCrossEntropyLoss()
+    assert torch.equal(loss(logits, {**target, "label": target["label"].to(dtype)}), loss(logits, target))
+
+
+def test_with_combined_loss(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    loss = DistanceWeightedCrossEntropyLoss()
+    keys = {"unet": {"label": "seg", "distance_map": "distance"}}
+    batch = {"seg": target["label"], "distance": target["distance_map"], "other": torch.zeros(2)}
+    combined = CombinedLoss({"unet": loss}, keys=keys, weights={"unet": 0.5})
+    torch.testing.assert_close(combined(logits, batch), 0.5 * loss(logits, target))
+
+
+def test_meta_tensors_give_a_plain_tensor(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    loss = DistanceWeightedCrossEntropyLoss()
+    value = loss(MetaTensor(logits), {key: MetaTensor(each) for key, each in target.items()})
+    assert type(value) is torch.Tensor and torch.equal(value, loss(logits, target))
+
+
+def test_input_and_target_are_not_changed(rng):
+    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    before = logits.clone(), {key: each.clone() for key, each in target.items()}
+    DistanceWeightedCrossEntropyLoss()(logits, target)
+    assert torch.equal(logits, before[0]) and all(torch.equal(target[key], before[1][key]) for key in target)
+
+
+# Refusals
+
+LABEL, MAP = torch.zeros(2, 1, 6, 5).long(), torch.zeros(2, 3, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (LABEL, r'target: expected a mapping .*"distance_map", got a Tensor; .*SignedDistanceMapd'),
+        ({"label": LABEL}, r"target: expected a mapping .*got \['label'\]; .*SignedDistanceMapd"),
+        ({"label": LABEL, "distance_map": MAP.to(torch.int8)}, r"target: .*got torch\.int8; .*DecodeDistanceMapd"),
+        ({"label": LABEL, "distance_map": MAP.long()}, r"target: .*got torch\.int64; .*DecodeDistanceMapd"),
+        (
+            {"label": LABEL, "distance_map": MAP[:, 1:]},
+            r"target: .*\(2, 3, 6, 5\), got \(2, 2, 6, 5\); set num_classes",
+        ),
+        ({"label": LABEL, "distance_map": MAP[..., 1:]}, r"target: .*\(2, 3, 6, 5\), got \(2, 3, 6, 4\); .*crop"),
+        ({"label": LABEL[0], "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(1, 6, 5\)"),
+        ({"label": MAP, "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(2, 3, 6, 5\)"),
+        ({"label": LABEL + 3, "distance_map": MAP}, r"target: expected class numbers 0\.\.2 .*got 3\.\.3"),
+        ({"label": LABEL - 1, "distance_map": MAP}, r"target: expected class numbers 0\.\.2 .*got -1\.\.-1"),
+        ({"label": LABEL + 0.5, "distance_map": MAP}, r"target: expected whole class numbers, got 0\.5; .*nearest"),
+    ],
+)
+def test_refuses_targets(target, words):
+    with pytest.raises(ValueError, match=words):
+        DistanceWeightedCrossEntropyLoss()(torch.zeros(2, 3, 6, 5), target)
+
+
+@pytest.mark.parametrize("logits", [torch.ones(2, 3), torch.ones(2, 3, 6, 5).long(), torch.ones(2, 1, 6, 5)])
+def test_refuses_what_are_no_logits(logits):
+    with pytest.raises(ValueError, match=r"input: expected .*got"):
+        DistanceWeightedCrossEntropyLoss()(logits, {"label": LABEL, "distance_map": MAP})
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+def test_refuses_weights_of_other_classes(values):
+    with pytest.raises(ValueError, match=r"class_weight: expected 3 values.*got"):
+        DistanceWeightedCrossEntropyLoss(class_weight=values)(MAP, {"label": LABEL, "distance_map": MAP})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"boundary_weight": -1.0}, r"boundary_weight: expected .*got -1\.0"),
+        ({"boundary_weight": math.inf}, r"boundary_weight: expected .*got inf"),
+        ({"sigma_mm": 0.0}, r"sigma_mm: expected .*got 0\.0"),
+        ({"sigma_mm": math.nan}, r"sigma_mm: expected .*got nan"),
+        ({"class_weight": "inverse"}, r'class_weight: expected "frequency".*got .inverse'),
+        ({"class_weight": [1.0, -1.0]}, r"class_weight: expected one finite number >= 0"),
+        ({"class_weight": 2.0}, r"class_weight: expected one finite number >= 0"),
+        ({"reduction": "average"}, "average"),
+    ],
+)
+def test_refuses_senseless_settings(options, words):
+    with pytest.raises(ValueError, match=words):
+        DistanceWeightedCrossEntropyLoss(**options)

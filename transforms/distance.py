@@ -1,0 +1,235 @@
+"""Signed distance maps of a label, the targets of the boundary losses, and their compact storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import Tensor
+
+from medconstraints.distance.provenance import RECORD, record
+from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance_map
+from medconstraints.transforms.weak_labels import label_name
+
+__all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]
+
+STORAGE = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+class SignedDistanceMapd(MapTransform):
+    """Adds the signed distance to the boundary of each class, in mm, negative inside (Kervadec 2020, eq. 4.4).
+
+    And the voxel spacing, (D,), which `HausdorffLoss` needs.
+
+    Put it after loading, orientation and resampling, and before random crops: distances are then those of the whole
+    volume, and `CacheDataset` or `PersistentDataset` keep them. Crops, flips, quarter turns and padding (with 0: no
+    term there) may follow, on the label and the map alike; the losses refuse a map that was resampled after.
+
+    The spacing is that of each label's affine, oblique or not. A class that is absent or fills the volume has a map of
+    zeros.
+
+    Args:
+        keys: key of the label, (1, *S), class numbers.
+        map_key: key of the map, (C, *S).
+        spacing_key: key of the spacing; None to leave it out.
+        num_classes: classes of the network with the background, C.
+        slice_axis: None for distances in the volume; an axis for distances within each slice across it.
+        convention: "boundary", "voxel" or "published", see `medconstraints.distance.signed_distance_map`.
+        clip_mm: largest distance; also saves most of the work for small objects. None for no limit.
+        storage: "float32"; "float16", at half the memory, with an error of at most 1/2048 of a value; "int8", at a
+            quarter, with an error of at most clip_mm / 254 (give clip_mm), to be decoded by `DecodeDistanceMapd`.
+        spacing_mm: voxel spacing, one value per axis; None takes it from the affine.
+        image_key: of an image (M, *S), for distances that follow it, see
+            `medconstraints.distance.signed_geodesic_distance`; None for straight distances.
+        image_weight: mm for one unit of intensity, with `image_key`.
+        backend: see `medconstraints.distance.signed_distance_map`.
+        allow_missing_keys: leave items without a label as they are.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> label = MetaTensor(torch.tensor([[[0.0, 1.0, 1.0, 0.0]]]), affine=torch.diag(torch.tensor([1.0, 3.0, 1.0])))
+        >>> SignedDistanceMapd(num_classes=2)({"label": label})["distance_map"][1]
+        metatensor([[ 1.5000, -1.5000, -1.5000,  1.5000]])
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "label",
+        map_key: str = "distance_map",
+        *,
+        spacing_key: str | None = "spacing_mm",
+        num_classes: int,
+        slice_axis: int | None = None,
+        convention: str = "boundary",
+        clip_mm: float | None = None,
+        storage: str = "float32",
+        spacing_mm: Sequence[float] | None = None,
+        image_key: str | None = None,
+        image_weight: float = 0.0,
+        backend: str = "auto",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if len(self.keys) != 1:
+            raise ValueError(f"keys: expected the key of one label, got {list(self.keys)}; use one transform for each.")
+        if int(num_classes) != num_classes or num_classes < 2:
+            raise ValueError(f"num_classes: expected an integer of at least 2, background included, got {num_classes}.")
+        for name, value, known in (("convention", convention, CONVENTIONS), ("storage", storage, tuple(STORAGE))):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+        if clip_mm is not None and not 0 < clip_mm < math.inf:
+            raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
+        if storage == "int8" and clip_mm is None:
+            raise ValueError('clip_mm: expected the largest distance for storage "int8", whose 127 steps it sets.')
+        if image_key is not None and (convention != "boundary" or backend not in ("auto", "numba", "scipy")):
+            raise ValueError(
+                'image_key: distances along an image have the convention "boundary" and the backend "numba" or '
+                f'"scipy", got {convention!r} and {backend!r}.'
+            )
+        self.map_key = map_key
+        self.spacing_key = spacing_key
+        self.num_classes = int(num_classes)
+        self.slice_axis = slice_axis
+        self.convention = convention
+        self.clip_mm = clip_mm
+        self.storage = storage
+        self.spacing_mm = None if spacing_mm is None else [float(step) for step in spacing_mm]
+        self.image_key = image_key
+        self.image_weight = image_weight
+        self.backend = backend
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the map to a copy of `data`."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            image = None if self.image_key is None else item[self.image_key]
+            name = label_name(item[key], key)
+            label = item[key]
+            spacing = self.spacing_mm if self.spacing_mm is not None else _spacing(label, name)
+            item[self.map_key] = self._map(label, name, image, spacing)
+            if self.spacing_key is not None:
+                item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
+        return item
+
+    def _map(self, label: Any, name: str, image: Any, spacing: Sequence[float]) -> Tensor:
+        if label.ndim not in (3, 4) or label.shape[0] != 1:
+            raise ValueError(
+                f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
+                "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
+            )
+        plain = label.as_tensor() if isinstance(label, MetaTensor) else torch.as_tensor(label)
+        try:
+            if image is None:
+                maps = signed_distance_map(
+                    plain[0],
+                    self.num_classes,
+                    spacing,
+                    convention=self.convention,
+                    slice_axis=self.slice_axis,
+                    clip_mm=self.clip_mm,
+                    backend=self.backend,
+                )
+            else:
+                maps = self._along_image(plain[0], image, spacing)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        scale = 1.0
+        if self.storage == "int8":
+            assert self.clip_mm is not None
+            scale = self.clip_mm / 127
+            maps = maps.div_(scale).round_()
+        maps = maps.to(STORAGE[self.storage])
+        if not isinstance(label, MetaTensor):
+            if self.storage == "int8":
+                raise ValueError(
+                    f'{name}: expected a MetaTensor for storage "int8": the step is kept in its meta data.'
+                )
+            return maps
+        result = MetaTensor(maps, meta=deepcopy(label.meta), applied_operations=deepcopy(label.applied_operations))
+        result.meta[RECORD] = record(label.affine, scale)
+        return result
+
+    def _along_image(self, label: Tensor, image: Any, spacing: Sequence[float]) -> Tensor:
+        # Imported here: most users need straight distances only.
+        from medconstraints.distance.geodesic import signed_geodesic_distance
+
+        values = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
+        axis = None if self.slice_axis is None else self.slice_axis % label.ndim
+        # Refuses what is no label, before its classes are looked at one by one.
+        signed_distance_map(label, self.num_classes, spacing, classes=(0,), slice_axis=self.slice_axis)
+        maps = [
+            signed_geodesic_distance(
+                label == number,
+                values.numpy(),
+                spacing,
+                image_weight=self.image_weight,
+                slice_axis=axis,
+                clip_mm=self.clip_mm,
+                backend=self.backend,
+            )
+            for number in range(self.num_classes)
+        ]
+        return torch.stack(maps)
+
+
+class DecodeDistanceMapd(MapTransform):
+    """Turns maps stored as "int8" or "float16" back into float32 millimetres; put it after the random crops.
+
+    Args:
+        keys: keys of the maps.
+        allow_missing_keys: leave items without a map as they are.
+
+    Raises:
+        ValueError: at the call, an int8 map without the meta data that hold its step.
+    """
+
+    def __init__(self, keys: KeysCollection = "distance_map", *, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Decode the maps of a copy of `data`."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            stored = item[key]
+            kept = stored.meta.get(RECORD) if isinstance(stored, MetaTensor) else None
+            if stored.dtype == torch.int8 and kept is None:
+                raise ValueError(
+                    f"{key}: expected a distance map with its meta data, got plain int8; keep it a MetaTensor up to "
+                    'here, or store it as "float16".'
+                )
+            decoded = stored.float()
+            if kept is not None and float(kept["scale_mm"]) != 1:
+                decoded = decoded * float(kept["scale_mm"])
+                decoded.meta[RECORD] = {**kept, "scale_mm": 1.0}
+            item[key] = decoded
+        return item
+
+
+def _spacing(label: Any, name: str) -> list[float]:
+    """Voxel spacing of a label (1, *S): lengths of the columns of its affine."""
+    dims = label.ndim - 1
+    if not isinstance(label, MetaTensor):
+        raise ValueError(
+            f"{name}: expected a MetaTensor, whose affine tells the spacing, got {type(label).__name__}; load it with "
+            "LoadImaged, or give spacing_mm."
+        )
+    affine = torch.as_tensor(label.affine, dtype=torch.float64).cpu()
+    columns = affine[:-1, :dims]
+    spacing: list[float] = columns.norm(dim=0).tolist()
+    volume = float(torch.linalg.matrix_rank(columns)) if bool(torch.isfinite(columns).all()) else 0
+    if volume < dims or not all(0 < step < math.inf for step in spacing):
+        raise ValueError(
+            f"{name}: expected an affine with {dims} independent axes of finite length, got {columns.tolist()}; repair "
+            "the header, or give spacing_mm."
+        )
+    return spacing
