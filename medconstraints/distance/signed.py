@@ -20,6 +20,14 @@ BACKENDS = ("auto", "numba", "torch", "scipy", "simpleitk")
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
+class _LabelError(ValueError):
+    """A label with values that are no class numbers."""
+
+    def __init__(self, message: str, found: str) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 def signed_distance(
     mask: Array,
     spacing_mm: Sequence[float] | None = None,
@@ -49,16 +57,24 @@ def signed_distance(
         >>> signed_distance(np.array([[0, 0, 1, 1, 0]]), (1.0, 2.0))
         array([[ 3.,  1., -1., -1.,  1.]], dtype=float32)
     """
-    return signed_distance_map(
-        mask,
-        2,
-        spacing_mm,
-        classes=(1,),
-        convention=convention,
-        slice_axis=slice_axis,
-        clip_mm=clip_mm,
-        backend=backend,
-    )[0]
+    _checked_spacing(spacing_mm, tuple(mask.shape), "mask")
+    try:
+        maps = signed_distance_map(
+            mask,
+            2,
+            spacing_mm,
+            classes=(1,),
+            convention=convention,
+            slice_axis=slice_axis,
+            clip_mm=clip_mm,
+            backend=backend,
+        )
+    except _LabelError as error:
+        raise ValueError(
+            f"mask: expected zeros and ones, got {error.found}; compare a label with its class number, and "
+            "probabilities with a threshold."
+        ) from None
+    return maps[0]
 
 
 def signed_distance_map(
@@ -103,7 +119,7 @@ def signed_distance_map(
         array([[ 0.5, -0.5, -0.5,  0.5]], dtype=float32)
     """
     shape = tuple(label.shape)
-    spacing = _checked_spacing(spacing_mm, shape)
+    spacing = _checked_spacing(spacing_mm, shape, "label")
     axis = _checked_slice_axis(slice_axis, shape)
     chosen = _checked_classes(classes, num_classes)
     if convention not in CONVENTIONS:
@@ -123,7 +139,8 @@ def signed_distance_map(
     }
     clip = None if clip_mm is None else float(clip_mm)
     if backend == "torch":
-        tensor = torch.as_tensor(label)
+        # Torch knows neither foreign byte orders nor negative strides, and warns of arrays it may not write to.
+        tensor = label if isinstance(label, Tensor) else torch.from_numpy(_native(label))
         tensor = tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
         maps = _torch_maps(_checked_tensor(tensor, num_classes), chosen, spacing, axis, clip, options)
         return maps if isinstance(label, Tensor) else maps.cpu().numpy()
@@ -153,11 +170,11 @@ def _numpy_maps(
 
         extents = class_extents(numbers, num_classes)
         if extents is None:
-            raise ValueError(_no_class_number(num_classes, [int(numbers.min()), int(numbers.max())]))
+            raise _no_class_number(num_classes, int(numbers.min()), int(numbers.max()))
         maps = signed_maps(numbers, classes, extents, steps, by_slice=by_slice, clip_mm=clip, **options)
     else:
         if numbers.size and numbers.max() >= num_classes:
-            raise ValueError(_no_class_number(num_classes, [int(numbers.min()), int(numbers.max())]))
+            raise _no_class_number(num_classes, int(numbers.min()), int(numbers.max()))
         maps = _reference_maps(numbers, classes, steps, by_slice, clip, options, backend)
     maps = maps[:, 0] if array.ndim == 2 else np.moveaxis(maps, 1, (axis or 0) + 1)
     return np.ascontiguousarray(maps)
@@ -196,19 +213,24 @@ def _torch_maps(
     return torch.stack(maps)
 
 
+def _native(array: np.ndarray) -> np.ndarray:
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return native if native.flags.writeable else native.copy()
+
+
 def _first(values: Sequence[float], axis: int) -> list[float]:
     return [values[axis], *[value for number, value in enumerate(values) if number != axis]]
 
 
-def _checked_spacing(spacing_mm: Sequence[float] | None, shape: tuple[int, ...]) -> list[float]:
+def _checked_spacing(spacing_mm: Sequence[float] | None, shape: tuple[int, ...], name: str) -> list[float]:
     if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(f"label: expected (X, Y) or (X, Y, Z) with at least one voxel, got shape {shape}.")
+        raise ValueError(f"{name}: expected (X, Y) or (X, Y, Z) with at least one voxel, got shape {shape}.")
     if spacing_mm is None:
         return [1.0] * len(shape)
     spacing = [float(step) for step in spacing_mm]
     if len(spacing) != len(shape) or not all(0 < step < math.inf for step in spacing):
         raise ValueError(
-            f"spacing_mm: expected {len(shape)} positive finite values, one per axis of the label, got {spacing}."
+            f"spacing_mm: expected {len(shape)} positive finite values, one per axis of the {name}, got {spacing}."
         )
     return spacing
 
@@ -230,24 +252,25 @@ def _checked_classes(classes: Sequence[int] | None, num_classes: int) -> list[in
     if classes is None:
         return list(range(num_classes))
     chosen = [int(number) for number in classes]
-    if not chosen or any(
-        number != old or not 0 <= number < num_classes for number, old in zip(chosen, classes, strict=True)
-    ):
+    if not chosen or chosen != list(classes) or not 0 <= min(chosen) <= max(chosen) < num_classes:
         raise ValueError(f"classes: expected class numbers 0..{num_classes - 1}, got {list(classes)!r}.")
     return chosen
 
 
-def _no_class_number(num_classes: int, found: Any) -> str:
-    return (
+def _no_class_number(num_classes: int, low: float, high: float) -> _LabelError:
+    found = f"values from {low:g} to {high:g}"
+    return _LabelError(
         f"label: expected class numbers 0..{num_classes - 1}, got {found}; set num_classes, or map the values "
-        "(MapLabelValued)."
+        "(MapLabelValued).",
+        found,
     )
 
 
-def _not_whole(value: float) -> str:
-    return (
+def _not_whole(value: float) -> _LabelError:
+    return _LabelError(
         f"label: expected whole class numbers, got {value:g}; a label that was resampled needs the mode "
-        '"nearest", and probabilities need a threshold.'
+        '"nearest", and probabilities need a threshold.',
+        f"{value:g}",
     )
 
 
@@ -260,10 +283,10 @@ def _checked_numbers(label: np.ndarray, num_classes: int) -> np.ndarray:
         return np.ascontiguousarray(label, dtype=kind)
     low, high = label.min(), label.max()
     if not (low >= 0 and high < num_classes):  # also NaN
-        raise ValueError(_no_class_number(num_classes, [low.item(), high.item()]))
+        raise _no_class_number(num_classes, low.item(), high.item())
     numbers = np.ascontiguousarray(label).astype(kind)
     if label.dtype.kind == "f" and not np.array_equal(numbers, label):
-        raise ValueError(_not_whole(float(label[numbers != label].flat[0])))
+        raise _not_whole(float(label[numbers != label].flat[0]))
     return numbers
 
 
@@ -273,7 +296,7 @@ def _checked_tensor(label: Tensor, num_classes: int) -> Tensor:
     if label.dtype != torch.bool:
         low, high = (float(value) for value in torch.aminmax(label))
         if not (low >= 0 and high < num_classes):
-            raise ValueError(_no_class_number(num_classes, [low, high]))
+            raise _no_class_number(num_classes, low, high)
         if label.is_floating_point() and bool((rest := label != label.floor()).any()):
-            raise ValueError(_not_whole(float(label[rest][0])))
+            raise _not_whole(float(label[rest][0]))
     return label

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medconstraints.statistics.arguments import plain
 
-__all__ = ["checked_label", "class_sizes"]
+__all__ = ["checked_label", "class_sizes", "row_sums"]
 
 _AS_IT_IS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
 

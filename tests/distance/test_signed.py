@@ -35,6 +35,15 @@ def _load_reference():
 reference = _load_reference()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads wait for each other longer than they need for tensors of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each backend that is installed."""
@@ -554,6 +563,13 @@ def test_a_larger_image(backend):
     for options in ({}, {"slice_axis": 1}, {"clip_mm": 2.0, "slice_axis": 2}):
         expected = call(backend="scipy", **options)
         np.testing.assert_allclose(call(backend=backend, **options), expected, rtol=0, atol=TOLERANCE, err_msg=options)
+    torch.set_num_threads(2)
+    try:
+        for options in ({}, {"slice_axis": 1}, {"clip_mm": 2.0}):  # the threads share nothing
+            one, two = call(backend="scipy", **options), call(backend=backend, **options)
+            np.testing.assert_allclose(two, one, rtol=0, atol=TOLERANCE, err_msg=options)
+    finally:
+        torch.set_num_threads(1)
     found = call(backend=backend, convention="voxel")
     for number in range(4):
         sides = (

@@ -30,6 +30,15 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads wait for each other longer than they need for tensors of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_labels(batch, num_classes, shape, seed=0):
     """(B, *S) class numbers in blobs."""
     rng = np.random.default_rng(seed)

@@ -1,5 +1,6 @@
 """Generalised Dice: against a slow reference and MONAI, absent classes, empty images, image size, refusals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -82,18 +83,16 @@ def gradient(loss, logits, label):
 # Values
 
 
-@pytest.mark.parametrize("batch", [False, True])
-@backgrounds
 @weightings
 @labels
 @shapes
-def test_equals_the_reference(shape, case, weighting, include_background, batch, rng):
-    options = {"weighting": weighting, "include_background": include_background, "batch": batch}
+def test_equals_the_reference(shape, case, weighting, rng):
     probs, label = random_probs(shape, rng), make_label(case, shape, rng)
-    expected = reference(probs, label, **options)
-    value = GeneralizedDiceLoss(reduction="none", **options)(probs, label)
-    assert value.shape == (1 if batch else shape[0], 1)
-    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-10)
+    for include_background, batch in itertools.product([True, False], repeat=2):
+        options = {"weighting": weighting, "include_background": include_background, "batch": batch}
+        value = GeneralizedDiceLoss(reduction="none", **options)(probs, label)
+        assert value.shape == (1 if batch else shape[0], 1)
+        np.testing.assert_allclose(value.numpy(), reference(probs, label, **options), rtol=1e-10)
 
 
 @pytest.mark.parametrize(("reduction", "reduce"), [("mean", np.mean), ("sum", np.sum)])
@@ -106,17 +105,16 @@ def test_reductions_and_activations(shape, activation, reduction, reduce, rng):
     assert value.item() == pytest.approx(reduce(reference(probs, label)), rel=1e-10)
 
 
-@pytest.mark.parametrize("batch", [False, True])
-@backgrounds
 @weightings
 @pytest.mark.parametrize("case", [case for case in LABELS if "foreground" not in case])
 @pytest.mark.parametrize("shape", [SHAPES["3D"], SHAPES["many classes"]])
-def test_equals_monai_without_its_smoothing(shape, case, weighting, include_background, batch, rng):
-    options = {"include_background": include_background, "batch": batch}
+def test_equals_monai_without_its_smoothing(shape, case, weighting, rng):
     probs, label = random_probs(shape, rng), make_label(case, shape, rng)
-    monai = MonaiGeneralizedDiceLoss(w_type=weighting, smooth_nr=0, smooth_dr=0, **options)
-    value = GeneralizedDiceLoss(weighting=weighting, **options)(probs, label)
-    torch.testing.assert_close(value, monai(probs, one_hot(label, shape[1])), rtol=1e-5, atol=1e-6)
+    for include_background, batch in itertools.product([True, False], repeat=2):
+        options = {"include_background": include_background, "batch": batch}
+        monai = MonaiGeneralizedDiceLoss(w_type=weighting, smooth_nr=0, smooth_dr=0, **options)
+        value = GeneralizedDiceLoss(weighting=weighting, **options)(probs, label)
+        torch.testing.assert_close(value, monai(probs, one_hot(label, shape[1])), rtol=1e-5, atol=1e-6)
 
 
 def test_by_hand_two_regions():
@@ -127,16 +125,14 @@ def test_by_hand_two_regions():
 
 
 @backgrounds
-@weightings
 @labels
 @shapes
-def test_perfect_is_zero_and_all_wrong_is_one(shape, case, weighting, include_background, rng):
+def test_perfect_is_zero_and_all_wrong_is_one(shape, case, include_background, rng):
     label = make_label(case, shape, rng)
-    loss = GeneralizedDiceLoss(weighting=weighting, include_background=include_background)
-    right, wrong = one_hot(label, shape[1]), one_hot(1 - label.clamp(max=1), shape[1])
-    assert loss(right, label).item() == pytest.approx(0, abs=1e-12)
-    if case in ("no foreground", "full foreground"):
-        assert loss(wrong, label).item() == pytest.approx(1)
+    loss = GeneralizedDiceLoss(include_background=include_background)
+    assert loss(one_hot(label, shape[1]), label).item() == pytest.approx(0, abs=1e-12)
+    wrong = one_hot((label + 1) % shape[1], shape[1])
+    assert loss(wrong, label).item() == pytest.approx(1)
 
 
 @labels
@@ -228,15 +224,15 @@ def test_a_few_steps_on_an_empty_image_lower_the_false_positives(weighting, incl
     """A network that has only its last bias, which starts on the side of the foreground."""
     bias = torch.tensor([-1.0, 1.0, 0.5] if activation == "softmax" else [1.0]).view(1, -1, 1, 1).requires_grad_()
     loss = GeneralizedDiceLoss(weighting=weighting, include_background=include_background, **{activation: True})
-    label = torch.zeros(1, 1, 64, 64).long()
+    label = torch.zeros(1, 1, 16, 16).long()
 
     def false_positives(bias):
         return 1 - torch.softmax(bias, 1)[0, 0].item() if activation == "softmax" else torch.sigmoid(bias).item()
 
     before = false_positives(bias)
-    for _ in range(30):
-        (slope,) = torch.autograd.grad(loss(bias.expand(-1, -1, 64, 64), label), bias)
-        bias = (bias - 2 * slope).detach().requires_grad_()
+    for _ in range(20):
+        (slope,) = torch.autograd.grad(loss(bias.expand(-1, -1, 16, 16), label), bias)
+        bias = (bias - 3 * slope).detach().requires_grad_()
     assert before > 0.7 and false_positives(bias) < 0.1
 
 
@@ -259,13 +255,12 @@ def test_steps_find_the_object_and_leave_the_absent_class(weighting, include_bac
 
 @pytest.mark.parametrize("case", ["no foreground", "class 1 is absent", "one voxel"])
 @backgrounds
-@weightings
 @few_and_many_classes
-def test_the_number_of_voxels_does_not_matter(classes, weighting, include_background, case, rng):
+def test_the_number_of_voxels_does_not_matter(classes, include_background, case, rng):
     """An image of sixteen times the voxels, each class in proportion: the same loss and the same total gradient."""
     shape = (2, classes, 6, 5)
     logits, label = random_logits(shape, rng), make_label(case, shape, rng)
-    loss = GeneralizedDiceLoss(softmax=True, weighting=weighting, include_background=include_background)
+    loss = GeneralizedDiceLoss(softmax=True, include_background=include_background)
     torch.testing.assert_close(loss(logits.repeat(1, 1, 4, 4), label.repeat(1, 1, 4, 4)), loss(logits, label))
     large = gradient(loss, logits.repeat(1, 1, 4, 4), label.repeat(1, 1, 4, 4))
     parts = large.unflatten(3, (4, 5)).unflatten(2, (4, 6)).sum((2, 4))
@@ -311,13 +306,12 @@ def test_large_images_in_half_precision(classes, dtype):
 # Gradients
 
 
-@pytest.mark.parametrize("batch", [False, True])
 @backgrounds
 @labels
 @shapes
-def test_gradcheck(shape, case, include_background, batch, rng):
+def test_gradcheck(shape, case, include_background, rng):
     logits, label = random_logits(shape, rng).requires_grad_(), make_label(case, shape, rng)
-    loss = GeneralizedDiceLoss(softmax=True, include_background=include_background, batch=batch)
+    loss = GeneralizedDiceLoss(softmax=True, include_background=include_background, batch=case == "one voxel")
     assert torch.autograd.gradcheck(lambda x: loss(x, label), logits, fast_mode=True)
 
 
