@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ def volumes_for_inference(
     output_dir: str | Path | None = None,
     postfix: str = "seg",
     overwrite: bool = False,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Items `{"image": path}` for every NIfTI volume of a folder, a datalist or one file.
+
+    An entry of a datalist whose image is a list of files, one for each channel, gives the list of their paths; the
+    first one names its mask.
 
     Args:
         source: a folder (its .nii and .nii.gz files, not those of subfolders, sorted by name), a datalist in the style
@@ -38,34 +42,38 @@ def volumes_for_inference(
     """
     source = Path(source)
     if source.is_dir():
-        images = sorted(p for p in source.iterdir() if p.name.endswith(NIFTI_ENDINGS) and not p.name.startswith("."))
+        names = sorted(p for p in source.iterdir() if p.name.endswith(NIFTI_ENDINGS) and not p.name.startswith("."))
+        channels = [[path] for path in names]
     elif source.suffix == ".json" and source.is_file():
-        images = [_nifti(entry["image"], number, source) for number, entry in enumerate(read_datalist(source, section))]
+        entries = read_datalist(source, section)
+        channels = [_nifti(entry["image"], number, source) for number, entry in enumerate(entries)]
     elif source.name.endswith(NIFTI_ENDINGS) and source.is_file():
-        images = [source]
+        channels = [[source]]
     else:
         raise FileNotFoundError(
             f"source: expected a folder of NIfTI files, a datalist (.json) or a NIfTI file, got {source}, which "
             f"{'is none of them' if source.exists() else 'does not exist'}."
         )
-    if not images:
+    if not channels:
         raise FileNotFoundError(f"source: no .nii or .nii.gz file in {source}; convert DICOM series to NIfTI first.")
+    images = [paths[0] for paths in channels]
     masks = [mask_path("", path, postfix=postfix).name for path in images]
     twice = sorted({mask.removesuffix(f"_{postfix}.nii.gz") for mask in masks if masks.count(mask) > 1})
     if twice:
         raise ValueError(f"source: several volumes are called {twice[:5]}, their masks would overwrite each other.")
     if output_dir is not None:
-        _check_apart(source, images, masks, Path(output_dir))
+        _check_apart(source, [path for paths in channels for path in paths], masks, Path(output_dir))
         check_output_dir(output_dir, [*masks, "inference.json"], overwrite=overwrite)
-    return [{"image": str(path)} for path in images]
+    return [{"image": [str(path) for path in paths] if len(paths) > 1 else str(paths[0])} for paths in channels]
 
 
-def _nifti(image: Any, number: int, source: Path) -> Path:
-    if isinstance(image, str) and image.endswith(NIFTI_ENDINGS):
-        return Path(image)
+def _nifti(image: Any, number: int, source: Path) -> list[Path]:
+    paths = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    if paths and all(isinstance(path, str) and path.endswith(NIFTI_ENDINGS) for path in paths):
+        return [Path(path) for path in paths]
     raise ValueError(
-        f"source: entry {number} of {source.name}: expected one .nii or .nii.gz file per volume, got {image!r}; "
-        "convert other formats first."
+        f"source: entry {number} of {source.name}: expected one .nii or .nii.gz file for each volume or channel, got "
+        f"{image!r}; convert other formats first."
     )
 
 

@@ -47,7 +47,9 @@ class TolerantDataset(Dataset):
         try:
             return super().__getitem__(index)
         except Exception as error:
-            return {_FAILURE: _reason(error), "file": str(self.data[index][self.image_key])}
+            file = self.data[index][self.image_key]
+            # Of several channels the first file names the mask.
+            return {_FAILURE: _reason(error), "file": str(file[0] if isinstance(file, list) else file)}
 
 
 def collate_or_failure(batch: Sequence[Any]) -> Any:

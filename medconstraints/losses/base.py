@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from monai.utils import LossReduction
@@ -11,7 +14,26 @@ from torch.nn.modules.loss import _Loss
 
 from medconstraints.statistics.arguments import plain
 
-__all__ = ["ProbabilityLoss", "plain"]
+__all__ = ["ProbabilityLoss", "plain", "shared_softmax", "softmax_is_shared"]
+
+# Softmax of one tensor by its scale, while several losses are computed on that tensor.
+_SHARED: ContextVar[tuple[Tensor, dict[float, Tensor]] | None] = ContextVar("shared_softmax", default=None)
+
+
+@contextmanager
+def shared_softmax(input: Tensor) -> Iterator[None]:
+    """Within it, losses with `softmax=True` compute the softmax of this very tensor once for all of them."""
+    token = _SHARED.set((input, {}))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def softmax_is_shared(input: Tensor) -> bool:
+    """Whether other losses may need the softmax of this tensor too."""
+    shared = _SHARED.get()
+    return shared is not None and shared[0] is input
 
 
 class ProbabilityLoss(_Loss):
@@ -44,7 +66,7 @@ class ProbabilityLoss(_Loss):
 
     def probabilities(self, input: Tensor) -> Tensor:
         """Activated input, at least float32: half precision overflows in sums over volumes."""
-        input = plain(input)
+        given = input = plain(input)
         if not input.is_floating_point() or input.dim() not in (4, 5):
             raise ValueError(
                 f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
@@ -54,8 +76,14 @@ class ProbabilityLoss(_Loss):
             raise ValueError("input: softmax of a single channel is always 1; use sigmoid=True or two channels.")
         if input.dtype in (torch.float16, torch.bfloat16):
             input = input.float()
-        if self.logit_scale != 1:
-            input = input * self.logit_scale
         if self.softmax:
-            return torch.softmax(input, dim=1)
-        return torch.sigmoid(input) if self.sigmoid else input
+            shared = _SHARED.get()
+            if shared is None or shared[0] is not given:
+                return torch.softmax(self._scaled(input), dim=1)
+            if self.logit_scale not in shared[1]:
+                shared[1][self.logit_scale] = torch.softmax(self._scaled(input), dim=1)
+            return shared[1][self.logit_scale]
+        return torch.sigmoid(self._scaled(input)) if self.sigmoid else input
+
+    def _scaled(self, input: Tensor) -> Tensor:
+        return input if self.logit_scale == 1 else input * self.logit_scale

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.losses.base import ProbabilityLoss, plain, softmax_is_shared
 
 __all__ = ["BoundaryLoss"]
 
@@ -110,9 +110,10 @@ class BoundaryLoss(ProbabilityLoss):
             probabilities = self._chosen(input, channels)
             target = _select(target, channels)
             if self.reduction == "mean" and self.weight is None:
-                # One product of two vectors: no third tensor of the size of the network's output.
-                flat, other = probabilities.reshape(-1), target.reshape(-1).to(probabilities.dtype)
-                return torch.dot(flat, other) / (len(flat) * self.unit_mm)
+                # Products of vectors, one for each sample: no third tensor of the size of the network's output.
+                rows, other = probabilities.flatten(1), target.flatten(1).to(probabilities.dtype)
+                total = torch.bmm(rows.unsqueeze(1), other.unsqueeze(2)).sum()
+                return total / (rows.numel() * self.unit_mm)
             loss = (probabilities * target).flatten(2).mean(-1) / self.unit_mm
             if self.weight is not None:
                 loss = loss * self.weight.to(loss)
@@ -126,7 +127,7 @@ class BoundaryLoss(ProbabilityLoss):
         """Probabilities of the channels that count."""
         if self.other_act is not None:
             return _select(self.other_act(input.float() if input.dtype.itemsize < 4 else input), channels)
-        if self.softmax and input.shape[1] == 2 and len(channels) == 1:
+        if self.softmax and input.shape[1] == 2 and len(channels) == 1 and not softmax_is_shared(input):
             # The softmax of two channels is a sigmoid of their difference, at half the memory.
             input = input.float() if input.dtype.itemsize < 4 else input
             one = channels[0]

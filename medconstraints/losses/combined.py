@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.base import plain
+from medconstraints.losses.base import plain, shared_softmax
 
 __all__ = ["CombinedLoss"]
 
 
 class CombinedLoss(_Loss):
     """Weighted sum of named losses; each gets the network's output and its own entry of the target.
+
+    Losses of this package with `softmax=True` share one softmax.
 
     Args:
         losses: name -> loss, a module `(input, target) -> scalar`.
@@ -79,15 +81,17 @@ class CombinedLoss(_Loss):
         """
         total: Tensor | None = None
         self._last = {}
-        for name, loss in self.losses.items():
-            if self.skip_unweighted and self.weights[name] == 0:
-                continue
-            own = target if isinstance(target, Tensor) else self._target(target, name)
-            value = self.weights[name] * plain(loss(input, own))
-            self._last[name] = value.detach()
-            total = value if total is None else total + value
+        input = plain(input)
+        with shared_softmax(input):
+            for name, loss in self.losses.items():
+                if self.skip_unweighted and self.weights[name] == 0:
+                    continue
+                own = target if isinstance(target, Tensor) else self._target(target, name)
+                value = self.weights[name] * plain(loss(input, own))
+                self._last[name] = value.detach()
+                total = value if total is None else total + value
         # All weights are 0: a sum that can be differentiated all the same.
-        return plain(input).sum() * 0.0 if total is None else total
+        return input.sum() * 0.0 if total is None else total
 
     def terms(self) -> dict[str, Tensor]:
         """Weighted value of each loss in the last forward pass, and `name_term`, unweighted, for one with terms."""

@@ -69,6 +69,56 @@ def test_weights_are_read_at_every_pass(logits, target):
     torch.testing.assert_close(loss(logits, target), first - terms["boxes"])
 
 
+class Counted(nn.Module):
+    """Mean of the input times a factor; counts its calls, and looks back at the last one."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.calls = factor, 0
+
+    def forward(self, input, target):
+        self.calls += 1
+        return self.factor * input.mean()
+
+    def terms(self):
+        return {"calls": torch.tensor(float(self.calls))}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_losses_of_weight_0_may_be_left_out(logits, target, skip):
+    parts = {"one": Counted(1.0), "two": Counted(10.0)}
+    loss = CombinedLoss(parts, weights={"two": 0.0}, keys={"two": "label", "one": "label"}, skip_unweighted=skip)
+    torch.testing.assert_close(loss(logits, target), logits.mean())
+    assert [part.calls for part in parts.values()] == [1, 1 - skip]
+    assert set(loss.terms()) == {"one", "one_calls"} | (set() if skip else {"two", "two_calls"})
+    loss.weights["two"] = 0.5  # as a schedule does: from the next pass on
+    torch.testing.assert_close(loss(logits, target), 6 * logits.mean())
+    assert [part.calls for part in parts.values()] == [2, 2 - skip]
+    assert set(loss.terms()) == {"one", "one_calls", "two", "two_calls"}
+    loss.weights["two"] = -0.1  # only 0 is left out
+    torch.testing.assert_close(loss(logits, target), 0 * logits.mean(), atol=1e-7, rtol=0)
+
+
+def test_a_loss_that_is_left_out_needs_no_target(logits, target):
+    loss = CombinedLoss(parts(), keys={"dice": "segmentation"}, weights={"dice": 0.0}, skip_unweighted=True)
+    torch.testing.assert_close(loss(logits, target), parts()["boxes"](logits, target["boxes"]))
+    loss.skip_unweighted = False
+    with pytest.raises(KeyError, match="no entry 'segmentation' for the loss 'dice'"):
+        loss(logits, target)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
+def test_with_all_weights_0_there_is_a_gradient_of_0(logits, target, skip, meta):
+    loss = CombinedLoss(parts(), keys={"dice": "label"}, weights={"boxes": 0, "dice": 0}, skip_unweighted=skip)
+    own = (MetaTensor(logits) if meta else logits.clone()).requires_grad_()
+    value = loss(own, target)
+    value.backward()
+    assert type(value) is torch.Tensor
+    assert (value.shape, value.item(), own.grad.abs().max().item()) == ((), 0, 0)
+    assert (loss.terms() == {}) == skip
+
+
 def test_terms(logits, target):
     loss = CombinedLoss(parts(), keys={"dice": "label"}, weights={"boxes": 0.5})
     value = loss(logits.requires_grad_(), target)
@@ -142,3 +192,27 @@ def test_a_loss_with_several_targets_gets_a_mapping(logits):
     torch.testing.assert_close(loss(logits, target), 10 * logits.mean())
     with pytest.raises(KeyError, match=r"no entry 'd' for the loss 'product'"):
         CombinedLoss({"product": Product()}, keys={"product": {"one": "a", "two": "d"}})(logits, target)
+
+
+@pytest.mark.parametrize("keys", ["distance_map", {"label": "label", "distance_map": "distance_map"}])
+@pytest.mark.parametrize("step", [1.0, 1.5])
+def test_a_map_that_was_resampled_is_refused(logits, target, keys, step):
+    """Alone or as a part; it keeps the affine it was made with."""
+
+    class First(nn.Module):
+        def forward(self, input, target):
+            return input.mean() * (target["distance_map"] if isinstance(target, dict) else target).mean()
+
+    made = torch.eye(4).expand(2, 4, 4)
+    now = made @ torch.diag(torch.tensor([-step, 1.0, 1.0, 1.0]))
+    maps = MetaTensor(torch.rand(2, 2, 8, 8), affine=now, meta={"distance_map": {"affine": made, "scale_mm": 1.0}})
+    loss = CombinedLoss({"first": First()}, keys={"first": keys})
+    target = target | {"distance_map": maps, "boxes": maps}
+    if step == 1:
+        torch.testing.assert_close(loss(logits, target), logits.mean() * maps.as_tensor().mean())
+        return
+    words = r"^distance_map: this distance map was resampled after it was made .* put SignedDistanceMapd after"
+    with pytest.raises(ValueError, match=words):
+        loss(logits, target)
+    other = CombinedLoss({"label": DiceLoss(softmax=True, to_onehot_y=True)})
+    assert torch.isfinite(other(logits, target))  # a map that no loss takes is not looked at

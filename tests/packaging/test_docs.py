@@ -21,9 +21,13 @@ def code_blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-# A page that lost all of its blocks has one that fails.
-CONSTRAINTS_PYTHON = code_blocks("docs/constraints.md", "python") or ["raise ValueError('no Python block')"]
-CONSTRAINTS_JSON = code_blocks("docs/constraints.md", "json") or ["no JSON block"]
+def guide_blocks(language):
+    """Blocks of the guides as test cases; a page that lost all of its blocks has one that fails."""
+    return [
+        pytest.param(block, id=f"{name}-{number}")
+        for name in ("constraints", "distance_maps")
+        for number, block in enumerate(code_blocks(f"docs/{name}.md", language) or [f"no {language} block"])
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -44,16 +48,16 @@ def test_python_of_the_readme_runs(tmp_path, capsys):
     assert "loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", CONSTRAINTS_PYTHON, ids=range(len(CONSTRAINTS_PYTHON)))
-def test_python_of_the_constraints_guide_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", guide_blocks("python"))
+def test_python_of_the_guides_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("block.py").write_text(block, encoding="utf-8")
     runpy.run_path("block.py")
     assert [path.name for path in tmp_path.iterdir()] == ["block.py"]  # nothing is left in the reader's folder
 
 
-@pytest.mark.parametrize("block", CONSTRAINTS_JSON, ids=range(len(CONSTRAINTS_JSON)))
-def test_json_of_the_constraints_guide_parses(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", guide_blocks("json"))
+def test_json_of_the_guides_parses(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = json.loads(block)
     if "_target_" not in block:
