@@ -28,8 +28,9 @@ class SignedDistanceMapd(MapTransform):
     And the voxel spacing, (D,), which `HausdorffLoss` needs.
 
     Put it after loading, orientation and resampling, and before random crops: distances are then those of the whole
-    volume, and `CacheDataset` or `PersistentDataset` keep them. Crops, flips, quarter turns and padding (with 0: no
-    term there) may follow, on the label and the map alike; the losses refuse a map that was resampled after.
+    volume, and `CacheDataset`, or `PersistentDataset` with `track_meta=True`, keep them. Crops, flips, quarter turns
+    and padding (with 0: no term there) may follow, on the label and the map alike; the losses refuse a map that was
+    resampled after.
 
     The spacing is that of each label's affine, oblique or not. A class that is absent or fills the volume has a map of
     zeros.
@@ -115,6 +116,11 @@ class SignedDistanceMapd(MapTransform):
             image = None if self.image_key is None else item[self.image_key]
             name = label_name(item[key], key)
             label = item[key]
+            if label.ndim not in (3, 4) or label.shape[0] != 1:
+                raise ValueError(
+                    f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
+                    "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
+                )
             spacing = self.spacing_mm if self.spacing_mm is not None else _spacing(label, name)
             item[self.map_key] = self._map(label, name, image, spacing)
             if self.spacing_key is not None:
@@ -122,11 +128,6 @@ class SignedDistanceMapd(MapTransform):
         return item
 
     def _map(self, label: Any, name: str, image: Any, spacing: Sequence[float]) -> Tensor:
-        if label.ndim not in (3, 4) or label.shape[0] != 1:
-            raise ValueError(
-                f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
-                "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
-            )
         plain = label.as_tensor() if isinstance(label, MetaTensor) else torch.as_tensor(label)
         try:
             if image is None:
@@ -183,7 +184,7 @@ class SignedDistanceMapd(MapTransform):
 
 
 class DecodeDistanceMapd(MapTransform):
-    """Turns maps stored as "int8" or "float16" back into float32 millimetres; put it after the random crops.
+    """Turns maps stored as "int8" or "float16" back into float32 millimetres, after the random crops, before collating.
 
     Args:
         keys: keys of the maps.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,37 +67,35 @@ def signed_maps(
         clip_mm: largest distance, or None.
     """
     out = np.empty((len(classes), *label.shape), np.float32)
+    how = _How(tuple(float(step) for step in spacing_mm), by_slice, 0.5 if to_face else 0.0, shift_inside_mm, clip_mm)
     with _threads(label.size) as pool:
-        run = _runner(pool)
         for row, number in enumerate(classes):
-            if not 0 < extents[2][number] < label.size:
+            if 0 < extents[2][number] < label.size:
+                _one_map(_runner(pool), label, number, extents[0][number], extents[1][number], how, out[row])
+            else:
                 out[row] = 0
-                continue
-            box = tuple(slice(0, size) for size in label.shape)
-            if clip_mm is not None:
-                box = _near(extents[0][number], extents[1][number], label.shape, spacing_mm, clip_mm, by_slice)
-            half = 0.5 if to_face else 0.0
-            first, end = int(extents[0][number, 0]), int(extents[1][number, 0])
-            _one_map(
-                run, label, number, first, end, spacing_mm, box, out[row], by_slice, half, shift_inside_mm, clip_mm
-            )
     return out
 
 
+@dataclass(frozen=True)
+class _How:
+    """What is measured: the arguments of `signed_maps`."""
+
+    spacing_mm: tuple[float, ...]
+    by_slice: bool
+    half: float
+    shift_inside_mm: float
+    clip_mm: float | None
+
+
 def _one_map(
-    run: Run,
-    label: np.ndarray,
-    number: int,
-    low: int,
-    high: int,
-    spacing_mm: Sequence[float],
-    box: tuple[slice, ...],
-    out: np.ndarray,
-    by_slice: bool,
-    half: float,
-    shift_inside_mm: float,
-    clip_mm: float | None,
+    run: Run, label: np.ndarray, number: int, low: np.ndarray, high: np.ndarray, how: _How, out: np.ndarray
 ) -> None:
+    """The map of a class that lies between low and high, into `out`."""
+    clip_mm, by_slice, half = how.clip_mm, how.by_slice, how.half
+    box = tuple(slice(0, size) for size in label.shape)
+    if clip_mm is not None:
+        box = _near(low, high, label.shape, how.spacing_mm, clip_mm, by_slice)
     part = label[box]
     whole = part.shape == label.shape
     if not whole:
@@ -107,19 +106,20 @@ def _one_map(
         if by_slice:
             out[box[0]][with_class] = clip_mm
     squared = out if whole else np.empty(part.shape, np.float32)
-    first, middle, last = (float(step) for step in spacing_mm)
-    # Candidates farther than the clip distance decide nothing. In slices they stay, to tell "far" from "no boundary".
-    limit2 = LARGEST if clip_mm is None or by_slice else min((clip_mm + shift_inside_mm) ** 2 * 1.001, LARGEST)
     target = out[box]
+    first, middle, last = how.spacing_mm
     clip, far = (math.inf if clip_mm is None else clip_mm), (0.0 if by_slice else clip_mm or 0.0)
-    finish = (1.0, shift_inside_mm, clip, far)
-    go_on = (0.0, 0.0, 0.0, 0.0)
+    finish, go_on = (1.0, how.shift_inside_mm, clip, far), (0.0, 0.0, 0.0, 0.0)
     if by_slice:
+        # Candidates beyond the clip distance stay, to tell "far" from "no boundary".
         run(lambda a, b: compiled.along_last(part, number, a, b, last, half, squared), len(part))
-        run(lambda a, b: compiled.along_middle(squared, a, b, middle, half, limit2, target, finish), len(part))
+        run(lambda a, b: compiled.along_middle(squared, a, b, middle, half, LARGEST, target, finish), len(part))
         return
+    # Candidates farther than the clip distance decide nothing.
+    limit2 = LARGEST if clip_mm is None else min((clip_mm + how.shift_inside_mm) ** 2 * 1.001, LARGEST)
     # Planes before and behind the class know nothing of it before the distance across planes is added.
-    start, stop = max(low - box[0].start - 1, 0), min(high - box[0].start + 1, len(part))
+    start = max(int(low[0]) - box[0].start - 1, 0)
+    stop = min(int(high[0]) - box[0].start + 1, len(part))
     squared[:start] = math.inf
     squared[stop:] = math.inf
     inner, known = part[start:stop], squared[start:stop]

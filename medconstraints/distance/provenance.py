@@ -33,12 +33,15 @@ def check_not_resampled(distance_map: Tensor, name: str) -> None:
     kept = distance_map.meta.get(RECORD)
     if not isinstance(kept, Mapping):
         return
-    made, now = kept["affine"].double().cpu(), torch.as_tensor(distance_map.affine).double().cpu()
-    steps = torch.linalg.solve(made[..., :3, :3], now[..., :3, :3])
+    made, now = (torch.as_tensor(one).double().cpu()[..., :-1, :-1] for one in (kept["affine"], distance_map.affine))
+    steps, failed = torch.linalg.solve_ex(made, now)
+    # The spacing was given by hand where the affine tells none; then there is nothing to compare.
+    unknown = (failed != 0) | ~torch.isfinite(made).flatten(-2).all(-1)
     # Crops, flips, quarter turns and changed orders of axes make a signed permutation of the old steps.
     whole = steps.round()
-    permutes = bool((whole.abs().sum(-1) == 1).all() and (whole.abs().sum(-2) == 1).all())
-    if not permutes or bool(((steps - whole).abs() > TOLERANCE).any()):
+    permutes = ((whole.abs().sum(-1) == 1) & (whole.abs().sum(-2) == 1)).all(-1)
+    close = ((steps - whole).abs() <= TOLERANCE).flatten(-2).all(-1)
+    if not bool(((permutes & close) | unknown).all()):
         raise ValueError(
             f"{name}: this distance map was resampled after it was made (its affine tells of another spacing, a "
             "rotation or a zoom), and its values are no longer distances; put SignedDistanceMapd after the transforms "

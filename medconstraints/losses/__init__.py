@@ -3,6 +3,7 @@
 from medconstraints.losses.base import ProbabilityLoss
 from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.box_prior import BoxPriorLoss
+from medconstraints.losses.choice import chosen_loss
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.constraint import ConstraintLoss, Residuals
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
@@ -23,4 +24,5 @@ __all__ = [
     "ProbabilityLoss",
     "ProposalLoss",
     "Residuals",
+    "chosen_loss",
 ]

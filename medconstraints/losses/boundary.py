@@ -104,16 +104,11 @@ class BoundaryLoss(ProbabilityLoss):
         input, target = plain(input), plain(target)
         self._check(input, target)
         with torch.autocast(input.device.type, enabled=False):
-            if target.dtype != torch.float64:
-                target = target.float()
             channels = self._channels(input.shape[1])
             probabilities = self._chosen(input, channels)
-            target = _select(target, channels)
+            target = _select(target, channels).to(probabilities.dtype)
             if self.reduction == "mean" and self.weight is None:
-                # Products of vectors, one for each sample: no third tensor of the size of the network's output.
-                rows, other = probabilities.flatten(1), target.flatten(1).to(probabilities.dtype)
-                total = torch.bmm(rows.unsqueeze(1), other.unsqueeze(2)).sum()
-                return total / (rows.numel() * self.unit_mm)
+                return (probabilities * target).sum() / (probabilities.numel() * self.unit_mm)
             loss = (probabilities * target).flatten(2).mean(-1) / self.unit_mm
             if self.weight is not None:
                 loss = loss * self.weight.to(loss)
