@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import nibabel
+
 BUNDLE = "bundles/boundary_loss"
 LOSSES = {
     "GDL": "--schedule none",
@@ -49,6 +51,7 @@ CLASSES = {
     "Boundary alone, all classes": "--schedule alone --boundary_background true",
 }
 TUMOUR = "--class_map [0,0,0,0,1] --patch_size [144,208]"
+HALVES = "--patch_size [96,176]"
 HEART = (
     "--slice_axis 2 --in_channels 1 --num_classes 4 --class_map [0,1,2,3] --patch_size [96,96] "
     "--spacing_mm [2,2,-1] --nonzero false"
@@ -57,13 +60,14 @@ LESION, ENHANCING = {"lesion": [1]}, {"enhancing": [4]}
 ORGANS = {"right ventricle": [1], "myocardium": [2], "left ventricle": [3]}
 # study: data sets, rows, seeds; data set: epochs, options of training, options of inference, structures
 STUDIES: dict[str, tuple[list[str], dict[str, str], int]] = {
-    "lesions": (["ms_07", "ms_19", "tumour"], LOSSES, 3),
+    "lesions": (["ms_07", "ms_19", "tumour", "halves"], LOSSES, 3),
     "alpha": (["tumour"], ALPHAS, 3),
     "classes": (["heart"], CLASSES, 1),
 }
 SETS: dict[str, tuple[int, str, str, dict[str, list[int]]]] = {
     "ms_07": (50, "", "", LESION),
     "ms_19": (50, "", "", LESION),
+    "halves": (30, HALVES, HALVES, LESION),
     "tumour": (16, TUMOUR, "--class_values [0,4] --patch_size [144,208]", ENHANCING),
     "heart": (
         20,
@@ -76,7 +80,11 @@ SETS: dict[str, tuple[int, str, str, dict[str, list[int]]]] = {
 
 
 def write_datalists(data: Path, folder: Path) -> None:
-    """Lists of each data set: the two lesion patients both ways, three tumours against one, and the hearts."""
+    """Lists of each data set: the two lesion patients both ways, three tumours against one, and the hearts.
+
+    "halves" divides both lesion patients at the middle of the head: a network learns on the right side of one and the
+    left side of the other, and is tested on the sides it has not seen.
+    """
 
     def moved(entry: dict[str, Any]) -> dict[str, Any]:
         image = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
@@ -92,10 +100,26 @@ def write_datalists(data: Path, folder: Path) -> None:
         "heart": {section: hearts[section] for section in ("training", "validation", "test")},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    patients = _read(data / "ms_lesions.json")["training"]
+    sides = {"right": slice(None, 91), "left": slice(91, None)}  # the first axis runs from right to left
+    right, left = ([half(data, entry, folder, *side) for entry in patients] for side in sides.items())
+    lists["halves"] = {"training": [right[0], left[1]], "validation": [], "test": [left[0], right[1]]}
     for name, content in lists.items():
-        if not name.startswith("ms"):
+        if name in ("tumour", "heart"):
             content = {section: [moved(entry) for entry in entries] for section, entries in content.items()}
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def half(data: Path, entry: dict[str, Any], folder: Path, side: str, where: slice) -> dict[str, Any]:
+    """One side of a patient's volumes as files of their own."""
+    found: dict[str, Any] = {}
+    for key, paths in (("image", entry["image"]), ("label", [entry["label"]])):
+        names = [f"{side}_{Path(path).parent.name}_{Path(path).name}" for path in paths]
+        for path, name in zip(paths, names, strict=True):
+            if not (folder / name).exists():
+                nibabel.load(data / path).slicer[where].to_filename(folder / name)
+        found[key] = names if key == "image" else names[0]
+    return found
 
 
 def commands(dataset: str, options: str, seed: int, name: str) -> list[list[str]]:
