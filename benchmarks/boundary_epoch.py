@@ -23,6 +23,7 @@ def epoch(datalist: Path, output_dir: Path, *, maps: bool, **options: Any) -> Ca
     """One epoch of the trainer, without validation, logs and checkpoints; without maps nothing knows of them."""
     if not maps:
         options["train#deterministic_transforms"] = []
+        options["train#plain_tensors"] = [{"_target_": "EnsureTyped", "keys": ["image", "label"], "track_meta": False}]
         options["train#selection#keys"] = ["image", "label"]
         options["train#prepare_batch#target_keys"] = ["label"]
     parser = parsed_bundle("boundary_loss", [], datalist, output_dir, **options)

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from medconstraints.distance.provenance import RECORD, record
+from medconstraints.distance.provenance import RECORD, check_not_resampled, record
 from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance_map
 from medconstraints.transforms.weak_labels import label_name
 
@@ -186,22 +186,29 @@ class SignedDistanceMapd(MapTransform):
 class DecodeDistanceMapd(MapTransform):
     """Turns maps stored as "int8" or "float16" back into float32 millimetres, after the random crops, before collating.
 
+    And looks whether a map was resampled, which nobody can once its meta data are gone.
+
     Args:
         keys: keys of the maps.
+        track_meta: keep the meta data; without them batches are put together faster.
         allow_missing_keys: leave items without a map as they are.
 
     Raises:
-        ValueError: at the call, an int8 map without the meta data that hold its step.
+        ValueError: at the call, an int8 map without the meta data that hold its step, or a map that was resampled.
     """
 
-    def __init__(self, keys: KeysCollection = "distance_map", *, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection = "distance_map", *, track_meta: bool = True, allow_missing_keys: bool = False
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.track_meta = track_meta
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Decode the maps of a copy of `data`."""
         item = dict(data)
         for key in self.key_iterator(item):
             stored = item[key]
+            check_not_resampled(stored, str(key))
             kept = stored.meta.get(RECORD) if isinstance(stored, MetaTensor) else None
             if stored.dtype == torch.int8 and kept is None:
                 raise ValueError(
@@ -212,7 +219,7 @@ class DecodeDistanceMapd(MapTransform):
             if kept is not None and float(kept["scale_mm"]) != 1:
                 decoded = decoded * float(kept["scale_mm"])
                 decoded.meta[RECORD] = {**kept, "scale_mm": 1.0}
-            item[key] = decoded
+            item[key] = decoded if self.track_meta or not isinstance(decoded, MetaTensor) else decoded.as_tensor()
         return item
 
 

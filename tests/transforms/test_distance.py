@@ -286,6 +286,23 @@ def test_losses_take_float16_and_refuse_int8(storage):
             torch.testing.assert_close(loss(logits, target["distance_map"] if takes_map else target), expected)
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+def test_decoding_without_meta_data(storage):
+    item = SignedDistanceMapd(num_classes=3, clip_mm=9.0, storage=storage)({"label": loaded()})
+    kept = DecodeDistanceMapd()(item)["distance_map"]
+    bare = DecodeDistanceMapd(track_meta=False)(item)["distance_map"]
+    assert isinstance(kept, MetaTensor) and not isinstance(bare, MetaTensor)
+    assert bare.dtype == torch.float32
+    torch.testing.assert_close(bare, kept.as_tensor())
+
+
+def test_decoding_refuses_a_resampled_map():
+    item = SignedDistanceMapd(num_classes=3)({"label": loaded()})
+    zoomed = Zoomd("distance_map", zoom=1.5, keep_size=False)(item)
+    with pytest.raises(ValueError, match=r"distance_map: .* was resampled"):
+        DecodeDistanceMapd(track_meta=False)(zoomed)
+
+
 # What may follow
 
 MOVES = {
