@@ -13,12 +13,13 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from medconstraints.distance.provenance import RECORD, check_not_resampled, record
-from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance_map
+from medconstraints.distance.provenance import RECORD, check_not_resampled, record, spacing_now
+from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance, signed_distance_map
 from medconstraints.transforms.weak_labels import label_name
 
 __all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]
 
+SHEAR = 0.01  # largest cosine between two axes that are taken to be perpendicular
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -36,10 +37,12 @@ class SignedDistanceMapd(MapTransform):
     zeros.
 
     Args:
-        keys: key of the label, (1, *S), class numbers.
-        map_key: key of the map, (C, *S).
+        keys: key of the label: class numbers (1, *S), or masks (C, *S), which may overlap, for networks with a sigmoid.
+        map_key: key of the map, (C, *S), or (len(classes), *S).
         spacing_key: key of the spacing; None to leave it out.
-        num_classes: classes of the network with the background, C.
+        num_classes: classes of the label with the background, C; or masks, C.
+        classes: those that get a map, in this order, for networks with other channels: [1] for one foreground channel.
+            None for all.
         slice_axis: None for distances in the volume; an axis for distances within each slice across it.
         convention: "boundary", "voxel" or "published", see `medconstraints.distance.signed_distance_map`.
         clip_mm: largest distance; also saves most of the work for small objects. None for no limit.
@@ -68,6 +71,7 @@ class SignedDistanceMapd(MapTransform):
         *,
         spacing_key: str | None = "spacing_mm",
         num_classes: int,
+        classes: Sequence[int] | None = None,
         slice_axis: int | None = None,
         convention: str = "boundary",
         clip_mm: float | None = None,
@@ -81,8 +85,11 @@ class SignedDistanceMapd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         if len(self.keys) != 1:
             raise ValueError(f"keys: expected the key of one label, got {list(self.keys)}; use one transform for each.")
-        if int(num_classes) != num_classes or num_classes < 2:
-            raise ValueError(f"num_classes: expected an integer of at least 2, background included, got {num_classes}.")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes: expected an integer of at least 1, got {num_classes!r}.")
+        chosen = list(range(num_classes)) if classes is None else list(classes)
+        if not chosen or not all(isinstance(number, int) and 0 <= number < num_classes for number in chosen):
+            raise ValueError(f"classes: expected class numbers 0..{num_classes - 1}, got {classes!r}.")
         for name, value, known in (("convention", convention, CONVENTIONS), ("storage", storage, tuple(STORAGE))):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
@@ -92,6 +99,10 @@ class SignedDistanceMapd(MapTransform):
             raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
         if storage == "int8" and clip_mm is None:
             raise ValueError('clip_mm: expected the largest distance for storage "int8", whose 127 steps it sets.')
+        if not 0 <= image_weight < math.inf or (image_weight and image_key is None):
+            raise ValueError(
+                f"image_weight: expected a number of mm >= 0, and 0 without image_key, got {image_weight!r}."
+            )
         if image_key is not None and (convention != "boundary" or backend not in ("auto", "numba", "scipy")):
             raise ValueError(
                 'image_key: distances along an image have the convention "boundary" and the backend "numba" or '
@@ -99,7 +110,8 @@ class SignedDistanceMapd(MapTransform):
             )
         self.map_key = map_key
         self.spacing_key = spacing_key
-        self.num_classes = int(num_classes)
+        self.num_classes = num_classes
+        self.classes = chosen
         self.slice_axis = slice_axis
         self.convention = convention
         self.clip_mm = clip_mm
@@ -116,69 +128,68 @@ class SignedDistanceMapd(MapTransform):
             image = None if self.image_key is None else item[self.image_key]
             name = label_name(item[key], key)
             label = item[key]
-            if label.ndim not in (3, 4) or label.shape[0] != 1:
-                raise ValueError(
-                    f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
-                    "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
-                )
+            self._check_shape(label, name)
             spacing = self.spacing_mm if self.spacing_mm is not None else _spacing(label, name)
             item[self.map_key] = self._map(label, name, image, spacing)
             if self.spacing_key is not None:
                 item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
+    def _check_shape(self, label: Any, name: str) -> None:
+        if label.ndim not in (3, 4) or label.shape[0] not in (1, self.num_classes):
+            raise ValueError(
+                f"{name}: expected a label map (1, *S) of class numbers, or {self.num_classes} masks "
+                f"({self.num_classes}, *S), one for each class, got shape {tuple(label.shape)}; use "
+                "EnsureChannelFirstd before, or set num_classes."
+            )
+
     def _map(self, label: Any, name: str, image: Any, spacing: Sequence[float]) -> Tensor:
+        if not isinstance(label, MetaTensor) and self.storage == "int8":
+            raise ValueError(f'{name}: expected a MetaTensor for storage "int8", whose step its meta data keep.')
         plain = label.as_tensor() if isinstance(label, MetaTensor) else torch.as_tensor(label)
+        scale = 1.0 if self.storage != "int8" or self.clip_mm is None else self.clip_mm / 127
+        maps = torch.empty((len(self.classes), *plain.shape[1:]), dtype=STORAGE[self.storage], device=plain.device)
         try:
-            if image is None:
-                maps = signed_distance_map(
-                    plain[0],
-                    self.num_classes,
-                    spacing,
-                    convention=self.convention,
-                    slice_axis=self.slice_axis,
-                    clip_mm=self.clip_mm,
-                    backend=self.backend,
-                )
-            else:
-                maps = self._along_image(plain[0], image, spacing)
+            # Stored in another type, one class after the other: never all of them in float32.
+            groups = [[number] for number in self.classes]
+            if self.storage == "float32" and len(plain) == 1:
+                groups = [self.classes]
+            done = 0
+            for group in groups:
+                distances = self._distances(plain, group, image, spacing)
+                if self.storage == "int8":
+                    distances = distances.div_(scale).round_()
+                maps[done : done + len(group)] = distances
+                done += len(group)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        scale = 1.0
-        if self.storage == "int8":
-            assert self.clip_mm is not None
-            scale = self.clip_mm / 127
-            maps = maps.div_(scale).round_()
-        maps = maps.to(STORAGE[self.storage])
+            raise ValueError(f"{name}: {error}" if name != "label" else str(error)) from error
         if not isinstance(label, MetaTensor):
-            if self.storage == "int8":
-                raise ValueError(
-                    f'{name}: expected a MetaTensor for storage "int8": the step is kept in its meta data.'
-                )
             return maps
         result = MetaTensor(maps, meta=deepcopy(label.meta), applied_operations=deepcopy(label.applied_operations))
-        result.meta[RECORD] = record(label.affine, scale)
+        result.meta[RECORD] = record(label.affine, spacing, scale)
         return result
 
-    def _along_image(self, label: Tensor, image: Any, spacing: Sequence[float]) -> Tensor:
+    def _distances(self, label: Tensor, classes: list[int], image: Any, spacing: Sequence[float]) -> Tensor:
+        """Maps (len(classes), *S), float32, of a label (1, *S), or of one class of masks (C, *S)."""
+        options: dict[str, Any] = {"slice_axis": self.slice_axis, "clip_mm": self.clip_mm, "backend": self.backend}
+        if image is None and len(label) == 1:
+            return signed_distance_map(
+                label[0], max(self.num_classes, 2), spacing, classes=classes, convention=self.convention, **options
+            )
+        if image is None:
+            return signed_distance(label[classes[0]], spacing, convention=self.convention, **options)[None]
         # Imported here: most users need straight distances only.
         from medconstraints.distance.geodesic import signed_geodesic_distance
 
         values = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
-        axis = None if self.slice_axis is None else self.slice_axis % label.ndim
-        # Refuses what is no label, before its classes are looked at one by one.
-        signed_distance_map(label, self.num_classes, spacing, classes=(0,), slice_axis=self.slice_axis)
+        if self.slice_axis is not None:
+            options["slice_axis"] = self.slice_axis % (label.ndim - 1)
+        if len(label) == 1:
+            # Refuses what is no label, before its classes are looked at one by one.
+            signed_distance_map(label[0], max(self.num_classes, 2), spacing, classes=(0,), slice_axis=self.slice_axis)
+        masks = [label[0] == number if len(label) == 1 else label[number] > 0 for number in classes]
         maps = [
-            signed_geodesic_distance(
-                label == number,
-                values.numpy(),
-                spacing,
-                image_weight=self.image_weight,
-                slice_axis=axis,
-                clip_mm=self.clip_mm,
-                backend=self.backend,
-            )
-            for number in range(self.num_classes)
+            signed_geodesic_distance(mask, values, spacing, image_weight=self.image_weight, **options) for mask in masks
         ]
         return torch.stack(maps)
 
@@ -186,10 +197,12 @@ class SignedDistanceMapd(MapTransform):
 class DecodeDistanceMapd(MapTransform):
     """Turns maps stored as "int8" or "float16" back into float32 millimetres, after the random crops, before collating.
 
-    And looks whether a map was resampled, which nobody can once its meta data are gone.
+    And looks whether a map was resampled, which nobody can once its meta data are gone, and brings the spacing beside
+    it up to date, whose axes a turn exchanges.
 
     Args:
         keys: keys of the maps.
+        spacing_key: key of the spacing that `SignedDistanceMapd` wrote.
         track_meta: keep the meta data; without them batches are put together faster.
         allow_missing_keys: leave items without a map as they are.
 
@@ -198,9 +211,15 @@ class DecodeDistanceMapd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection = "distance_map", *, track_meta: bool = True, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection = "distance_map",
+        *,
+        spacing_key: str = "spacing_mm",
+        track_meta: bool = True,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.spacing_key = spacing_key
         self.track_meta = track_meta
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -209,6 +228,9 @@ class DecodeDistanceMapd(MapTransform):
         for key in self.key_iterator(item):
             stored = item[key]
             check_not_resampled(stored, str(key))
+            spacing = spacing_now(stored)
+            if spacing is not None and self.spacing_key in item:
+                item[self.spacing_key] = spacing.float()
             kept = stored.meta.get(RECORD) if isinstance(stored, MetaTensor) else None
             if stored.dtype == torch.int8 and kept is None:
                 raise ValueError(
@@ -239,5 +261,11 @@ def _spacing(label: Any, name: str) -> list[float]:
         raise ValueError(
             f"{name}: expected an affine with {dims} independent axes of finite length, got {columns.tolist()}; repair "
             "the header, or give spacing_mm."
+        )
+    angles = (columns.T @ columns) / torch.outer(columns.norm(dim=0), columns.norm(dim=0)) - torch.eye(dims)
+    if float(angles.abs().max()) > SHEAR:
+        raise ValueError(
+            f"{name}: expected an affine with perpendicular axes, got {columns.tolist()} (a tilted gantry?); resample "
+            "the image and the label to perpendicular axes, or give spacing_mm."
         )
     return spacing

@@ -30,6 +30,7 @@ LOSSES = {
     "GDL + boundary, 2D map": "--slice_axis 2",
     "GDL + boundary, 3D map": "",
     "GDL + Hausdorff": "--slice_axis 2 --distance hausdorff",
+    "GDL + 0.1 Hausdorff": "--slice_axis 2 --distance hausdorff --schedule constant --alpha 0.1",
     "Focal": "--regional focal --schedule none",
     "Focal + boundary, 3D map": "--regional focal",
     "Distance-weighted cross-entropy": "--regional distance_weighted --slice_axis 2 --schedule none",
@@ -183,6 +184,11 @@ def collect(study: str) -> dict[str, Any]:
                 "dice_sd": _sd([_mean(values) for values in dice]),
                 "hd95_mm_mean": _mean([value for values in hd95 for value in values]),
                 "hd95_mm_sd": _sd([_mean(values) for values in hd95]),
+                # An empty prediction has no HD95: a mean over the others flatters, so that their number stands by.
+                "hd95_undefined": sum(
+                    score[name]["hd95_undefined"] for score in scores.values() for name in structures
+                ),
+                "hd95_cases": sum(score[name]["n"] for score in scores.values() for name in structures),
                 "minutes": _mean(minutes),
             }
     return {

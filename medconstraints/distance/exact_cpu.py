@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medconstraints.distance import compiled
+from medconstraints.distance import envelopes
 
 __all__ = ["class_extents", "signed_maps"]
 
@@ -34,7 +34,7 @@ def class_extents(label: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.n
         low = np.full((num_classes, 3), max(label.shape), np.int64)
         high, counts = np.zeros((num_classes, 3), np.int64), np.zeros(num_classes, np.int64)
         parts.append((low, high, counts))
-        return bool(compiled.label_extents(label, begin, stop, low, high, counts))
+        return bool(envelopes.label_extents(label, begin, stop, low, high, counts))
 
     with _threads(label.size) as pool:
         if not all(_runner(pool)(count, label.shape[0])):
@@ -112,8 +112,8 @@ def _one_map(
     finish, go_on = (1.0, how.shift_inside_mm, clip, far), (0.0, 0.0, 0.0, 0.0)
     if by_slice:
         # Candidates beyond the clip distance stay, to tell "far" from "no boundary".
-        run(lambda a, b: compiled.along_last(part, number, a, b, last, half, squared), len(part))
-        run(lambda a, b: compiled.along_middle(squared, a, b, middle, half, LARGEST, target, finish), len(part))
+        run(lambda a, b: envelopes.along_last(part, number, a, b, last, half, squared), len(part))
+        run(lambda a, b: envelopes.along_middle(squared, a, b, middle, half, LARGEST, target, finish), len(part))
         return
     # Candidates farther than the clip distance decide nothing.
     limit2 = LARGEST if clip_mm is None else min((clip_mm + how.shift_inside_mm) ** 2 * 1.001, LARGEST)
@@ -123,9 +123,9 @@ def _one_map(
     squared[:start] = math.inf
     squared[stop:] = math.inf
     inner, known = part[start:stop], squared[start:stop]
-    run(lambda a, b: compiled.along_last(inner, number, a, b, last, half, known), stop - start)
-    run(lambda a, b: compiled.along_middle(known, a, b, middle, half, limit2, known, go_on), stop - start)
-    run(lambda a, b: compiled.along_first(squared, a, b, first, half, limit2, target, finish), part.shape[1])
+    run(lambda a, b: envelopes.along_last(inner, number, a, b, last, half, known), stop - start)
+    run(lambda a, b: envelopes.along_middle(known, a, b, middle, half, limit2, known, go_on), stop - start)
+    run(lambda a, b: envelopes.along_first(squared, a, b, first, half, limit2, target, finish), part.shape[1])
 
 
 def _near(

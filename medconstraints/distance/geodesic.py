@@ -160,7 +160,7 @@ def _lengths_numba(
     side: (N,) -1 inside, 1 outside, 0 in the margin; rows: (N, M) the image.
     """
     # Imported here: numba takes a second to start, and the other backend does without it.
-    from medconstraints.distance.compiled_paths import path_lengths
+    from medconstraints.distance.paths import path_lengths
 
     index = np.int32 if len(side) < 2**31 else np.int64
     # A bucket as wide as the shortest edge visits every voxel once; wider ones are as exact.

@@ -26,19 +26,22 @@ def signed_map(
 
     Memory beyond the mask and the result: three volumes of float32.
     """
-    out = _distance(mask, spacing_mm, axes, to_face)
-    inside = _distance(~mask, spacing_mm, axes, to_face)
+    reach = math.inf if clip_mm is None else clip_mm + shift_inside_mm
+    out = _distance(mask, spacing_mm, axes, to_face, reach)
+    inside = _distance(~mask, spacing_mm, axes, to_face, reach)
     signed = torch.where(mask, shift_inside_mm - inside, out)
-    signed = signed.masked_fill_(~torch.isfinite(signed), 0.0)
-    return signed if clip_mm is None else signed.clamp_(-clip_mm, clip_mm)
+    if clip_mm is not None:
+        signed = signed.clamp_(-clip_mm, clip_mm)
+    both_sides = mask.amax(tuple(axes), keepdim=True) & ~mask.amin(tuple(axes), keepdim=True)
+    return signed.masked_fill_(~both_sides, 0.0)
 
 
-def _distance(mask: Tensor, spacing_mm: Sequence[float], axes: Sequence[int], to_face: bool) -> Tensor:
-    """Distance of every voxel to the mask; infinite where there is none."""
+def _distance(mask: Tensor, spacing_mm: Sequence[float], axes: Sequence[int], to_face: bool, reach: float) -> Tensor:
+    """Distance of every voxel to the mask; too large, or infinite, where it is above `reach`."""
     half = 0.5 if to_face else 0.0
     squared = _along_one_axis(mask, axes[0], float(spacing_mm[axes[0]]), half)
     for axis in axes[1:]:
-        squared = _minimum_over_shifts(squared, axis, float(spacing_mm[axis]), half)
+        squared = _minimum_over_shifts(squared, axis, float(spacing_mm[axis]), half, reach)
     return squared.sqrt_()
 
 
@@ -54,12 +57,14 @@ def _along_one_axis(mask: Tensor, axis: int, step: float, half: float) -> Tensor
     return ((steps - half).clamp_(min=0) * step).square_()
 
 
-def _minimum_over_shifts(squared: Tensor, axis: int, step: float, half: float) -> Tensor:
+def _minimum_over_shifts(squared: Tensor, axis: int, step: float, half: float, reach: float) -> Tensor:
     """Minimum over n of squared(x + n) + cost(n) along an axis."""
     best = squared.clone()
     length = squared.shape[axis]
     for n in range(1, length):
         cost = ((n - half) * step) ** 2
+        if cost > reach**2 * 1.001:
+            break
         if n % CHECK_EVERY == 0:
             # Costs only grow: once no known value is above this one, no farther voxel is nearer.
             reachable = ~torch.isinf(squared).all(axis, keepdim=True)

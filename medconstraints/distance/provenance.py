@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["RECORD", "check_not_resampled", "record"]
+__all__ = ["RECORD", "check_not_resampled", "record", "spacing_now"]
 
 RECORD = "distance_map"  # key of the meta data of a map
 TOLERANCE = 1e-3  # of a step
 
 
-def record(affine: Tensor, scale_mm: float) -> dict[str, Any]:
-    """What a map keeps of how it was made: the affine, and the millimetres of one stored unit."""
-    return {"affine": affine.detach().double().cpu().clone(), "scale_mm": float(scale_mm)}
+def record(affine: Tensor, spacing_mm: Sequence[float], scale_mm: float) -> dict[str, Any]:
+    """What a map keeps of how it was made: the affine, the spacing, and the millimetres of one stored unit."""
+    return {
+        "affine": affine.detach().double().cpu().clone(),
+        "spacing_mm": torch.tensor(spacing_mm, dtype=torch.float64),
+        "scale_mm": float(scale_mm),
+    }
+
+
+def spacing_now(distance_map: Tensor) -> Tensor | None:
+    """Spacing (D,) or (B, D) of a map that may have been flipped or turned since it was made; None if it is unknown."""
+    if not isinstance(distance_map, MetaTensor) or not isinstance(distance_map.meta.get(RECORD), Mapping):
+        return None
+    kept = distance_map.meta[RECORD]
+    spacing, dims = kept["spacing_mm"], kept["spacing_mm"].shape[-1]
+    steps, known = _steps(kept["affine"], distance_map.affine)
+    moved = torch.einsum("...ij,...i->...j", steps.abs().round()[..., :dims, :dims], spacing)
+    return torch.where(known[..., None] & (moved > 0), moved, spacing)
+
+
+def _steps(made: Any, now: Any) -> tuple[Tensor, Tensor]:
+    """Today's steps in those of the map's making, and whether they can be compared."""
+    made, now = (torch.as_tensor(one).double().cpu()[..., :-1, :-1] for one in (made, now))
+    steps, failed = torch.linalg.solve_ex(made, now)
+    # The spacing was given by hand where the affine tells none; then there is nothing to compare.
+    return steps, (failed == 0) & torch.isfinite(made).flatten(-2).all(-1)
 
 
 def check_not_resampled(distance_map: Tensor, name: str) -> None:
@@ -33,15 +56,12 @@ def check_not_resampled(distance_map: Tensor, name: str) -> None:
     kept = distance_map.meta.get(RECORD)
     if not isinstance(kept, Mapping):
         return
-    made, now = (torch.as_tensor(one).double().cpu()[..., :-1, :-1] for one in (kept["affine"], distance_map.affine))
-    steps, failed = torch.linalg.solve_ex(made, now)
-    # The spacing was given by hand where the affine tells none; then there is nothing to compare.
-    unknown = (failed != 0) | ~torch.isfinite(made).flatten(-2).all(-1)
+    steps, known = _steps(kept["affine"], distance_map.affine)
     # Crops, flips, quarter turns and changed orders of axes make a signed permutation of the old steps.
     whole = steps.round()
     permutes = ((whole.abs().sum(-1) == 1) & (whole.abs().sum(-2) == 1)).all(-1)
     close = ((steps - whole).abs() <= TOLERANCE).flatten(-2).all(-1)
-    if not bool(((permutes & close) | unknown).all()):
+    if not bool(((permutes & close) | ~known).all()):
         raise ValueError(
             f"{name}: this distance map was resampled after it was made (its affine tells of another spacing, a "
             "rotation or a zoom), and its values are no longer distances; put SignedDistanceMapd after the transforms "

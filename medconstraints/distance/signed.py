@@ -102,7 +102,7 @@ def signed_distance_map(
             "voxel": to the centre of the nearest voxel on the other side, as Euclidean distance transforms do.
             "published": the thesis's, "voxel" outside, and inside less the smallest step: rims inside are at 0.
         slice_axis: None for distances in the volume; an axis for distances within each slice across it.
-        clip_mm: values are limited to +-clip_mm, and work is limited to the surroundings of each class. None: no limit.
+        clip_mm: values are limited to +-clip_mm, and with "numba" and "torch" the work too. None: no limit.
         backend: "numba" (compiled, threads as many as torch has; the fastest on a CPU), "torch" (on the label's
             device), "scipy" or "simpleitk" (by others' transforms; slow and memory-hungry but for "voxel" and
             "published"). "auto" is "torch" for tensors on an accelerator, else "numba".
@@ -144,7 +144,7 @@ def signed_distance_map(
         tensor = tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
         maps = _torch_maps(_checked_tensor(tensor, num_classes), chosen, spacing, axis, clip, options)
         return maps if isinstance(label, Tensor) else maps.cpu().numpy()
-    array = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
+    array = _as_numpy(label) if isinstance(label, Tensor) else np.asarray(label)
     result = _numpy_maps(array, num_classes, chosen, spacing, axis, clip, options, backend)
     return torch.from_numpy(result).to(label.device) if isinstance(label, Tensor) else result
 
@@ -211,6 +211,13 @@ def _torch_maps(
     axes = [number for number in range(label.dim()) if number != axis]
     maps = [on_device.signed_map(label == number, spacing, axes, clip_mm=clip, **options) for number in classes]
     return torch.stack(maps)
+
+
+def _as_numpy(label: Tensor) -> np.ndarray:
+    if label.dtype == torch.bfloat16:  # which numpy does not know
+        label = label.float()
+    array: np.ndarray = label.detach().cpu().numpy()
+    return array
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ class LossWeightHandler:
     The weights are those of this very epoch from its first iteration on; MONAI's `ParamSchedulerHandler` acts after an
     iteration, and so one too late. Nothing needs to be saved: a resumed run computes them from its epoch. They are put
     into the metrics of the trainer, where `StatsHandler` and `TensorBoardStatsHandler` find them. Give the handler to
-    `training_handlers(monitors=[...])`. A loss whose weight is 0 is still
-    computed, unless the combined loss has `skip_unweighted=True`.
+    `training_handlers(monitors=[...])`. A loss whose weight is 0 is still computed, unless the combined loss has
+    `skip_unweighted=True`.
 
     Args:
         loss: the loss whose `weights` are set.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from medconstraints.distance.provenance import check_not_resampled
 from medconstraints.losses.base import ProbabilityLoss, plain, softmax_is_shared
+from medconstraints.losses.distance_target import DistanceMapCheck
 
 __all__ = ["BoundaryLoss"]
 
@@ -87,22 +87,31 @@ class BoundaryLoss(ProbabilityLoss):
         self.unit_mm = float(unit_mm)
         self.weight: Tensor | None
         self.register_buffer("weight", weight)
-        self._seen_map = False
+        self._checked_map = DistanceMapCheck()
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: output of the network, (B, C, *S).
-            target: distance map of each class, (B, C, *S), mm, as `SignedDistanceMapd` makes it.
+            target: distance map of each class, (B, C, *S), mm, as `SignedDistanceMapd` makes it; or a mapping that has
+                it as "distance_map", as `PrepareBatchTargets` gives it.
 
         Raises:
             ValueError: shapes do not fit, a label in place of a map, a stored map that was not decoded, or a map that
                 was resampled.
         """
-        check_not_resampled(target, "target")
-        input, target = plain(input), plain(target)
-        self._check(input, target)
+        input = plain(input)
+        self._check(input)
+        if isinstance(target, Mapping):
+            if not isinstance(target.get("distance_map"), Tensor):
+                raise ValueError(
+                    f'target: expected a distance map, or a mapping with the tensor "distance_map", got '
+                    f"{sorted(map(str, target))}; make it with SignedDistanceMapd and name its key in "
+                    "PrepareBatchTargets(target_keys=...)."
+                )
+            target = target["distance_map"]
+        target = self._checked_map(target, input.shape, "target")
         with torch.autocast(input.device.type, enabled=False):
             channels = self._channels(input.shape[1])
             probabilities = self._chosen(input, channels)
@@ -145,31 +154,13 @@ class BoundaryLoss(ProbabilityLoss):
             )
         return chosen
 
-    def _check(self, input: Tensor, target: Tensor) -> None:
+    @staticmethod
+    def _check(input: Tensor) -> None:
         if not input.is_floating_point() or input.dim() not in (4, 5):
             raise ValueError(
                 f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
                 f"{tuple(input.shape)}; add the batch and channel axes."
             )
-        if target.dtype == torch.int8:
-            raise ValueError(
-                'target: expected a distance map in mm, got int8; it was stored with storage="int8", add '
-                "DecodeDistanceMapd at the end of the transforms."
-            )
-        missing = "a label is turned into one by SignedDistanceMapd(label_key, map_key, num_classes=...)"
-        if not target.is_floating_point():
-            raise ValueError(f"target: expected a distance map in mm, floating point, got {target.dtype}; {missing}.")
-        if target.shape != input.shape:
-            raise ValueError(
-                f"target: expected a distance map for every channel of input, {tuple(input.shape)}, got "
-                f"{tuple(target.shape)}; {missing}, and crop, flip and pad it together with the image."
-            )
-        if not self._seen_map:
-            # Until a negative value was seen: the host waits for the device, and a look costs a pass over the map.
-            low, high = torch.aminmax(target.detach())
-            self._seen_map = bool(low < 0)
-            if not self._seen_map and bool(high == 1) and bool(((target == 0) | (target == 1)).all()):
-                raise ValueError(f"target: expected a distance map in mm, got zeros and ones as of a label; {missing}.")
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""

@@ -118,4 +118,4 @@ class CombinedLoss(_Loss):
         if not isinstance(value, Tensor):
             return torch.as_tensor(value)
         check_not_resampled(value, key)
-        return plain(value)
+        return value if getattr(self.losses[name], "reads_meta", False) else plain(value)

@@ -12,6 +12,7 @@ from torch.nn.modules.loss import _Loss
 
 from medconstraints.losses.base import plain
 from medconstraints.losses.class_label import checked_label, class_sizes
+from medconstraints.losses.distance_target import DistanceMapCheck
 
 __all__ = ["DistanceWeightedCrossEntropyLoss"]
 
@@ -74,6 +75,7 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
         self.sigma_mm = float(sigma_mm)
         self.mode = class_weight if isinstance(class_weight, str) else None
         self.register_buffer("class_values", values)
+        self._checked_map = DistanceMapCheck()
 
     def forward(self, input: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch.
@@ -94,7 +96,7 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
                 f"input: expected floating point logits (B, C, *S) of two or more classes, got {input.dtype} of shape "
                 f"{tuple(input.shape)}."
             )
-        label, distance_map = _parts(target, input)
+        label, distance_map = _parts(target, input, self._checked_map)
         with torch.autocast(input.device.type, enabled=False):
             if input.dtype in (torch.float16, torch.bfloat16):
                 input = input.float()
@@ -108,10 +110,9 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
     def _weight(self, label: Tensor, distance_map: Tensor, input: Tensor) -> Tensor:
         """Factor u of each voxel's own class, (B, 1, *S)."""
         distance = distance_map.gather(1, label).to(input.dtype)
-        near = torch.exp(distance.square() * (-0.5 / self.sigma_mm**2))
-        flat = distance_map.flatten(2)
-        bounded = (flat.amax(-1) > 0) | (flat.amin(-1) < 0)
-        near = near * _of_own_class(self.boundary_weight * bounded.to(input.dtype), label)
+        # 0 is no distance but the mark of no boundary: in padding, slices or images that have none.
+        near = torch.exp(distance.square() * (-0.5 / self.sigma_mm**2)) * (distance != 0)
+        near = self.boundary_weight * near
         classes = self._class_weights(label, input)
         return near + (1.0 if classes is None else _of_own_class(classes, label))
 
@@ -146,7 +147,7 @@ def _of_own_class(values: Tensor, label: Tensor) -> Tensor:
     return values.gather(1, label.flatten(1)).view(label.shape)
 
 
-def _parts(target: Mapping[str, Tensor], input: Tensor) -> tuple[Tensor, Tensor]:
+def _parts(target: Mapping[str, Tensor], input: Tensor, check: DistanceMapCheck) -> tuple[Tensor, Tensor]:
     """Label and map, checked, on the device of the input."""
     if not isinstance(target, Mapping) or not all(isinstance(target.get(key), Tensor) for key in _PARTS):
         got = sorted(map(str, target)) if isinstance(target, Mapping) else f"a {type(target).__name__}"
@@ -155,16 +156,5 @@ def _parts(target: Mapping[str, Tensor], input: Tensor) -> tuple[Tensor, Tensor]
             "transform SignedDistanceMapd and give both, in CombinedLoss with "
             'keys={name: {"label": "label", "distance_map": "distance_map"}}.'
         )
-    label, distance_map = checked_label(target["label"], input), plain(target["distance_map"])
-    if distance_map.shape != input.shape:
-        raise ValueError(
-            f"target: expected a distance map for each channel of the input, (B, C, *S) = {tuple(input.shape)}, got "
-            f"{tuple(distance_map.shape)}; set num_classes of SignedDistanceMapd, and crop and flip the map with the "
-            "image."
-        )
-    if not distance_map.is_floating_point():
-        raise ValueError(
-            f"target: expected a distance map in mm, of a floating point type, got {distance_map.dtype}; a map stored "
-            "as int8 needs the transform DecodeDistanceMapd before the loss."
-        )
-    return label, distance_map.to(input.device, non_blocking=True)
+    label = checked_label(target["label"], input)
+    return label, check(target["distance_map"], input.shape).to(input.device, non_blocking=True)

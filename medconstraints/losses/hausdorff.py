@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medconstraints.distance.provenance import check_not_resampled
+from medconstraints.distance.provenance import spacing_now
 from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance
 from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.losses.distance_target import DistanceMapCheck
 
 __all__ = ["HausdorffLoss"]
 
@@ -44,8 +45,8 @@ class HausdorffLoss(ProbabilityLoss):
         other_act: another activation, such as `functools.partial(torch.softmax, dim=1)`; keeps the shape.
         reduction: "mean" or "sum" over samples and classes, or "none" for (B, K), K the classes that count.
         batch: mean over the samples of a class first: "sum" is then over classes, and "none" gives (K,).
-        spacing_mm: spacing of every sample, D numbers. None: that of the target's "spacing_mm", else of the affine of a
-            label that is a MetaTensor, else 1.
+        spacing_mm: spacing of every sample, D numbers; (1, 1, 1) counts in voxels. It comes after what a map with meta
+            data or the target's "spacing_mm" tell; None: from the affine of a label that is a MetaTensor.
         slice_axis: None for distances in the volume; k for 2D distances in every slice across spatial axis k.
         convention: "boundary", "voxel" or "published", see `signed_distance`.
         clip_mm: largest distance; None for no limit. Values of a given map are limited as well.
@@ -63,6 +64,8 @@ class HausdorffLoss(ProbabilityLoss):
         >>> HausdorffLoss()(prediction, label).item()          # 4 pixels of 64, 0.5^2 + 0.5^2 each
         0.03125
     """
+
+    reads_meta = True  # the affine of a label: `CombinedLoss` leaves it its meta data
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class HausdorffLoss(ProbabilityLoss):
         self.convention = convention
         self.clip_mm = clip_mm
         self.backend = backend
+        self._checked_map = DistanceMapCheck()
 
     def forward(self, input: Tensor, target: Tensor | Mapping[str, Any]) -> Tensor:
         """Loss of a batch.
@@ -132,11 +136,13 @@ class HausdorffLoss(ProbabilityLoss):
             if self.slice_axis is not None and probs.dim() == 4:
                 raise ValueError("slice_axis: expected None for 2D images, which are slices already.")
             label, signed, given_spacing = _parts(target)
-            spacing = self._spacing(label, given_spacing, probs.shape)
+            # What the map knows is right after flips and turns too, which a number beside it does not follow.
+            known = None if signed is None else spacing_now(signed)
+            spacing = self._spacing(label, given_spacing if known is None else known, probs.shape)
             first = 0 if self.include_background or probs.shape[1] == 1 else 1
             truth = self._truth(plain(label), probs, first)
             if signed is not None:
-                signed = _checked_map(torch.as_tensor(signed), probs.shape)[:, first:]
+                signed = self._checked_map(torch.as_tensor(signed), probs.shape)[:, first:]
             probs = probs[:, first:]
             weight = self._weight(probs.detach(), truth, signed, spacing)
             loss = ((probs - truth).square() * weight).flatten(2).mean(-1)
@@ -208,7 +214,10 @@ class HausdorffLoss(ProbabilityLoss):
             # A step along axis d moves a point by column d; a 2D label may keep the affine of its volume.
             given = torch.as_tensor(affine, dtype=torch.float64)[..., :-1, :dims].norm(dim=-2)
         if given is None:
-            given = [1.0] * dims
+            raise ValueError(
+                f'spacing_mm: expected the voxel spacing, got a plain label without one; give "spacing_mm" with the '
+                f"target, as SignedDistanceMapd makes it, or spacing_mm={(1.0,) * dims} to count in voxels."
+            )
         rows = _rows(given)
         if rows.shape not in ((dims,), (samples, dims)):
             raise ValueError(
@@ -281,18 +290,3 @@ def _rows(spacing_mm: Any) -> np.ndarray:
     except (TypeError, ValueError):
         return np.empty(0)
     return rows if bool((np.isfinite(rows) & (rows > 0)).all()) else np.empty(0)
-
-
-def _checked_map(signed: Tensor, shape: torch.Size) -> Tensor:
-    check_not_resampled(signed, "distance_map")
-    if signed.dtype == torch.int8:
-        raise ValueError(
-            'distance_map: expected distances in mm, got int8; it was stored with storage="int8", add '
-            "DecodeDistanceMapd at the end of the transforms."
-        )
-    if signed.shape != shape or not signed.is_floating_point():
-        raise ValueError(
-            f"distance_map: expected floating point distances of shape {tuple(shape)}, one map per channel, background "
-            f"included, got {signed.dtype} of shape {tuple(signed.shape)}; make them with SignedDistanceMapd."
-        )
-    return plain(signed)

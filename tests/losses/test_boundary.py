@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import monai.losses
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from ignite.engine import Events
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedTrainer
 from scipy import ndimage
 
+from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.losses.boundary import BoundaryLoss
 
 
@@ -432,6 +436,47 @@ def test_nan_in_a_map_is_not_looked_for():
     assert BoundaryLoss(softmax=True)(logits, maps).isnan()
 
 
+# A mapping with the map
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, MetaTensor])
+def test_a_mapping_with_the_map(kind):
+    """As PrepareBatchTargets gives it; other entries are not looked at."""
+    _, maps, logits = case(3)
+    target = {"image": None, "distance_map": maps.as_subclass(torch.Tensor) if kind is torch.Tensor else kind(maps)}
+    for reduction in ("mean", "none"):
+        loss = BoundaryLoss(softmax=True, reduction=reduction)
+        assert torch.equal(loss(logits, target), loss(logits, maps))
+
+
+def test_in_a_trainer_of_monai():
+    """One epoch with the loss alone: weights move to the label."""
+    labels, maps, _ = case(2, (6, 5), batch=4)
+    images = (labels == 1)[:, None].float() - 0.5
+    items = [{"image": image, "distance_map": MetaTensor(one)} for image, one in zip(images, maps, strict=True)]
+    network = torch.nn.Conv2d(1, 2, 1)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.zeros_(network.bias)
+    values = []
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=DataLoader(Dataset(items), batch_size=2),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=BoundaryLoss(softmax=True),
+        prepare_batch=PrepareBatchTargets(("distance_map",)),
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: values.append(engine.state.output["loss"]))
+    trainer.run()
+    assert len(values) == 2 and math.isfinite(values[0]) and math.isfinite(values[1])
+    assert values[0] == pytest.approx(0.5 * maps[:2, 1].mean().item(), rel=1e-5)
+    assert network.weight[1].item() > 0 > network.weight[0].item()
+    with torch.no_grad():
+        loss = BoundaryLoss(softmax=True)
+        assert loss(network(images), maps) < loss(0 * network(images), maps)
+
+
 # Errors
 
 LABELS = random_labels(2, 3, (6, 5))
@@ -450,7 +495,23 @@ NO_MAPS = {
 
 @pytest.mark.parametrize("target", NO_MAPS.values(), ids=NO_MAPS)
 def test_a_label_is_no_map(target):
-    with pytest.raises(ValueError, match=r"target.*SignedDistanceMapd"):
+    for given in (target, {"distance_map": target}):
+        with pytest.raises(ValueError, match=r"^target: expected a distance map .*SignedDistanceMapd"):
+            BoundaryLoss(softmax=True)(torch.zeros(2, 3, 6, 5), given)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({}, r"got \[\]"),
+        ({"label": LABELS}, r"got \['label'\]; make it with SignedDistanceMapd .* PrepareBatchTargets\(target_keys"),
+        ({"distance_map": [1.0]}, r"got \['distance_map'\]"),
+    ],
+)
+def test_a_mapping_without_a_map(target, words):
+    with pytest.raises(
+        ValueError, match=r"^target: expected a distance map, or a mapping .*\"distance_map\", " + words
+    ):
         BoundaryLoss(softmax=True)(torch.zeros(2, 3, 6, 5), target)
 
 
@@ -463,8 +524,8 @@ def test_a_mask_is_no_map(dtype):
 def test_a_map_in_integers_has_to_be_decoded():
     """SignedDistanceMapd stores int8 at most; other integers with a sign are no map of ours."""
     _, maps, logits = case(3)
-    for dtype, match in ((torch.int8, r"target.*(?i:decode)"), (torch.int16, "target"), (torch.int64, "target")):
-        with pytest.raises(ValueError, match=match):
+    for dtype in (torch.int8, torch.int16, torch.int64):
+        with pytest.raises(ValueError, match=rf"^target: .* floating point, got {dtype}; .*DecodeDistanceMapd"):
             BoundaryLoss(softmax=True)(logits, (10 * maps).to(dtype))
 
 
@@ -483,7 +544,9 @@ SHAPES_THAT_DO_NOT_FIT = {
 @pytest.mark.parametrize("shape", SHAPES_THAT_DO_NOT_FIT.values(), ids=SHAPES_THAT_DO_NOT_FIT)
 def test_shapes_have_to_fit(shape):
     """Nothing is broadcast."""
-    with pytest.raises(ValueError, match="target"):
+    got = re.escape(str(tuple(shape)))
+    words = rf"^target: expected a distance map for each channel of the input, \(2, 3, 6, 5\), got {got}; make it with"
+    with pytest.raises(ValueError, match=words):
         BoundaryLoss(softmax=True)(torch.zeros(2, 3, 6, 5), torch.randn(shape))
 
 

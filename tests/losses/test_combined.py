@@ -194,6 +194,23 @@ def test_a_loss_with_several_targets_gets_a_mapping(logits):
         CombinedLoss({"product": Product()}, keys={"product": {"one": "a", "two": "d"}})(logits, target)
 
 
+@pytest.mark.parametrize("keys", ["label", {"label": "label"}], ids=["alone", "as a part"])
+@pytest.mark.parametrize("reads_meta", [None, False, True])
+def test_only_losses_that_read_meta_data_get_them(logits, target, keys, reads_meta):
+    class Looks(nn.Module):
+        def forward(self, input, target):
+            own = target["label"] if isinstance(target, dict) else target
+            assert type(own) is (MetaTensor if reads_meta else torch.Tensor)
+            return input.mean() * own.mean()
+
+    if reads_meta is not None:
+        Looks.reads_meta = reads_meta
+    loss = CombinedLoss({"one": Looks()}, keys={"one": keys})
+    value = loss(logits, target | {"label": MetaTensor(target["label"])})
+    assert type(value) is torch.Tensor and type(loss.terms()["one"]) is torch.Tensor
+    torch.testing.assert_close(value, logits.mean() * target["label"].mean())
+
+
 @pytest.mark.parametrize("keys", ["distance_map", {"label": "label", "distance_map": "distance_map"}])
 @pytest.mark.parametrize("step", [1.0, 1.5])
 def test_a_map_that_was_resampled_is_refused(logits, target, keys, step):

@@ -8,6 +8,7 @@ import torch
 from monai.data import MetaTensor
 from torch.nn import functional
 
+from medconstraints.distance.provenance import RECORD, record
 from medconstraints.losses import CombinedLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
 
@@ -75,8 +76,9 @@ def reference(logits, target, *, boundary_weight=10.0, sigma_mm=5.0, class_weigh
                     w = 1 / (share[c] * present)
                 else:
                     w = 1.0 if class_weight is None else class_weight[c]
-                if np.any(maps[b, c] != 0):
-                    w += boundary_weight * math.exp(-(maps[(b, c, *where)] ** 2) / (2 * sigma_mm**2))
+                distance = maps[(b, c, *where)]
+                if distance != 0:  # 0 says that there is no boundary
+                    w += boundary_weight * math.exp(-(distance**2) / (2 * sigma_mm**2))
                 values[(b, 0, *where)] -= w * log_probs[c]
     return values
 
@@ -183,13 +185,44 @@ def test_the_boundary_is_looked_for_in_each_sample(rng):
     assert single[0] > 5 * functional.cross_entropy(logits[:1], target["label"][:1, 0])
 
 
-def test_a_voxel_exactly_on_the_boundary_has_its_full_weight():
-    """Maps that are 0 on the inner rim: an object of one voxel is zero inside, and still has a boundary."""
-    label = torch.tensor([0, 0, 1, 0]).view(1, 1, 1, 4)
-    outside = torch.tensor([2.0, 1.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    target = {"label": label, "distance_map": torch.cat([-outside + 1, outside], 1)}
+@class_weights
+def test_padding_adds_the_weight_of_its_class_alone(class_weight, rng):
+    """The image and its boundary keep their weights; class weights are those of the padded image."""
+    shape, wide = (2, 3, 6, 5), (2, 3, 9, 7)
+    target = make_target("all classes", shape, rng)
+    pad = [0, 2, 3, 0]  # columns behind, rows in front
+    padded = {key: functional.pad(each, pad) for key, each in target.items()}
+    inside = functional.pad(torch.ones(2, 1, 6, 5), pad).bool()
+    options = {"class_weight": [0.5, 2.0, 3.0] if class_weight == "values" else class_weight, "sigma_mm": 2.0}
+    logits = torch.zeros(wide, dtype=torch.float64)  # undecided, so that a voxel costs its weight times log 3
+    both, alone = (
+        DistanceWeightedCrossEntropyLoss(boundary_weight=w0, reduction="none", **options)(logits, padded)
+        for w0 in (4.0, 0.0)
+    )
+    assert torch.equal(both[~inside], alone[~inside]) and (alone[~inside] > 0).all()
+    own = target["distance_map"].gather(1, target["label"])
+    near = 4 * torch.exp(-own.square() / 8) * math.log(3)
+    torch.testing.assert_close((both - alone)[inside].view_as(near), near)
+
+
+def test_slices_without_a_boundary_have_no_boundary_weight(rng):
+    """Distances within slices: a slice that one class fills has zeros, the others of the same volume have not."""
+    label = torch.from_numpy(rng.integers(0, 2, (1, 1, 5, 4, 3)))
+    label[..., 1] = 1
+    planes = [distances(label[..., k], 2) for k in range(3)]
+    target = {"label": label, "distance_map": torch.stack(planes, -1)}
     loss = DistanceWeightedCrossEntropyLoss(class_weight=None, reduction="none")
-    assert loss(torch.zeros(1, 2, 1, 4), target)[0, 0, 0, 2].item() == pytest.approx(11 * math.log(2))
+    weight = loss(torch.zeros(1, 2, 5, 4, 3), target) / math.log(2)
+    assert (weight[..., 1] - 1).abs().max() < 1e-6
+    assert (weight[..., ::2] > 2).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, -1e-3])
+def test_next_to_the_boundary_the_weight_is_full(size):
+    """Only 0 itself stands for no boundary."""
+    target = {"label": torch.zeros(1, 1, 2, 2), "distance_map": torch.full((1, 2, 2, 2), size)}
+    loss = DistanceWeightedCrossEntropyLoss(class_weight=None)
+    assert loss(torch.zeros(1, 2, 2, 2), target).item() == pytest.approx(11 * math.log(2), rel=1e-5)
 
 
 def test_millimetres_scale_with_sigma(rng):
@@ -334,13 +367,17 @@ LABEL, MAP = torch.zeros(2, 1, 6, 5).long(), torch.zeros(2, 3, 6, 5)
     [
         (LABEL, r'target: expected a mapping .*"distance_map", got a Tensor; .*SignedDistanceMapd'),
         ({"label": LABEL}, r"target: expected a mapping .*got \['label'\]; .*SignedDistanceMapd"),
-        ({"label": LABEL, "distance_map": MAP.to(torch.int8)}, r"target: .*got torch\.int8; .*DecodeDistanceMapd"),
-        ({"label": LABEL, "distance_map": MAP.long()}, r"target: .*got torch\.int64; .*DecodeDistanceMapd"),
+        ({"label": LABEL, "distance_map": MAP.char()}, r"^distance_map: .*got torch\.int8; .*DecodeDistanceMapd"),
+        ({"label": LABEL, "distance_map": MAP.long()}, r"^distance_map: .*got torch\.int64; .*DecodeDistanceMapd"),
         (
             {"label": LABEL, "distance_map": MAP[:, 1:]},
-            r"target: .*\(2, 3, 6, 5\), got \(2, 2, 6, 5\); set num_classes",
+            r"^distance_map: .*\(2, 3, 6, 5\), got \(2, 2, 6, 5\); .*num_classes",
         ),
-        ({"label": LABEL, "distance_map": MAP[..., 1:]}, r"target: .*\(2, 3, 6, 5\), got \(2, 3, 6, 4\); .*crop"),
+        (
+            {"label": LABEL, "distance_map": MAP[..., 1:]},
+            r"^distance_map: .*\(2, 3, 6, 5\), got \(2, 3, 6, 4\); .*crop",
+        ),
+        ({"label": LABEL, "distance_map": MAP + 1}, r"^distance_map: .*got zeros and ones as of a label; make it with"),
         ({"label": LABEL[0], "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(1, 6, 5\)"),
         ({"label": MAP, "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(2, 3, 6, 5\)"),
         ({"label": LABEL + 3, "distance_map": MAP}, r"target: expected class numbers 0\.\.2 .*got 3\.\.3"),
@@ -351,6 +388,20 @@ LABEL, MAP = torch.zeros(2, 1, 6, 5).long(), torch.zeros(2, 3, 6, 5)
 def test_refuses_targets(target, words):
     with pytest.raises(ValueError, match=words):
         DistanceWeightedCrossEntropyLoss()(torch.zeros(2, 3, 6, 5), target)
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_refuses_a_resampled_map(combined):
+    """Alone and in a sum."""
+    kept = record(torch.eye(4), (1.0, 1.0), 1.0)
+    maps = MetaTensor(MAP - 1, affine=torch.eye(4), meta={RECORD: kept})
+    target, loss = {"label": LABEL, "distance_map": maps}, DistanceWeightedCrossEntropyLoss()
+    if combined:
+        loss = CombinedLoss({"ce": loss}, keys={"ce": {key: key for key in target}})
+    assert loss(torch.zeros(2, 3, 6, 5), target).isfinite()
+    maps.affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="^distance_map: this distance map was resampled .* put SignedDistanceMapd"):
+        loss(torch.zeros(2, 3, 6, 5), target)
 
 
 @pytest.mark.parametrize("logits", [torch.ones(2, 3), torch.ones(2, 3, 6, 5).long(), torch.ones(2, 1, 6, 5)])

@@ -16,7 +16,7 @@ from medconstraints.distance.signed import signed_distance
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.hausdorff import HausdorffLoss
 
-VOXEL = {"convention": "voxel"}
+VOXEL = {"convention": "voxel", "spacing_mm": (1, 1)}
 SHAPES = [(9, 7), (7, 6, 5)]
 SPACING = {2: (0.7, 1.9), 3: (0.7, 1.3, 2.9)}
 
@@ -133,7 +133,8 @@ def test_is_the_loss_of_monai_at_unit_spacing(spatial, classes, include_backgrou
     logits, label = case(spatial, classes)
     words = {"include_background": include_background, "reduction": reduction, "batch": batch, "softmax": True}
     values, grads = [], []
-    for loss in (HausdorffLoss(**words, **VOXEL), HausdorffDTLoss(**words, to_onehot_y=True)):
+    voxels = {"convention": "voxel", "spacing_mm": (1,) * len(spatial)}
+    for loss in (HausdorffLoss(**words, **voxels), HausdorffDTLoss(**words, to_onehot_y=True)):
         own = logits.clone().requires_grad_()
         values.append(loss(own, label).squeeze())
         values[-1].sum().backward()
@@ -178,18 +179,19 @@ def test_masks_may_overlap_and_be_soft():
 
 def test_reduction_none_has_a_value_per_sample_and_class():
     logits, label = case((9, 7), 4)
-    rows = HausdorffLoss(softmax=True, reduction="none")(logits, label)
+    words = {"softmax": True, "spacing_mm": (1, 1)}
+    rows = HausdorffLoss(reduction="none", **words)(logits, label)
     assert rows.shape == (3, 3)
-    torch.testing.assert_close(HausdorffLoss(softmax=True)(logits, label), rows.mean())
-    torch.testing.assert_close(HausdorffLoss(softmax=True, reduction="sum")(logits, label), rows.sum())
-    of_batch = HausdorffLoss(softmax=True, reduction="none", batch=True)(logits, label)
+    torch.testing.assert_close(HausdorffLoss(**words)(logits, label), rows.mean())
+    torch.testing.assert_close(HausdorffLoss(reduction="sum", **words)(logits, label), rows.sum())
+    of_batch = HausdorffLoss(reduction="none", batch=True, **words)(logits, label)
     torch.testing.assert_close(of_batch, rows.mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.float64])
 def test_class_numbers_of_any_type(dtype):
     logits, label = case((9, 7), 3)
-    loss = HausdorffLoss(softmax=True)
+    loss = HausdorffLoss(softmax=True, spacing_mm=(1, 1))
     assert torch.equal(loss(logits, label.to(dtype)), loss(logits, one_hot(label, 3)))
 
 
@@ -224,7 +226,8 @@ def test_spacing_of_the_affine(spatial):
     loss = HausdorffLoss(softmax=True)
     same = HausdorffLoss(softmax=True, spacing_mm=spacing)(logits, label)
     each = loss(logits, {"label": label, "spacing_mm": spacings})
-    assert not torch.isclose(same, each) and not torch.isclose(same, loss(logits, label))
+    unit = HausdorffLoss(softmax=True, spacing_mm=(1,) * len(spatial))(logits, label)
+    assert not torch.isclose(same, each) and not torch.isclose(same, unit)
     torch.testing.assert_close(loss(logits, MetaTensor(label, affine=rotated(spacing))), same)
     affines = torch.stack([rotated(row) for row in spacings])
     torch.testing.assert_close(loss(logits, MetaTensor(label, affine=affines)), each)
@@ -238,8 +241,14 @@ def test_affine_of_a_2d_image():
     torch.testing.assert_close(HausdorffLoss(softmax=True)(logits, own), same)
 
 
+def made_map(label, affine, spacing, classes=3):
+    """Map (B, C, *S) with the meta data of `SignedDistanceMapd`, the same for all samples."""
+    signed = label_map(label, classes, [spacing] * len(label))
+    return MetaTensor(signed, affine=affine, meta={RECORD: record(affine, spacing, 1.0)})
+
+
 def test_which_spacing_counts():
-    """The target's, then the constructor's, then the affine's."""
+    """The map's, then the target's, then the constructor's, then the affine's of the label."""
     logits, label = case((9, 7), 3)
     meta = MetaTensor(label, affine=rotated((3.0, 4.0)))
     own = HausdorffLoss(softmax=True, spacing_mm=(0.7, 1.9))
@@ -247,6 +256,56 @@ def test_which_spacing_counts():
     given = own(logits, {"label": meta, "spacing_mm": (1.0, 2.0)})
     assert torch.equal(given, HausdorffLoss(softmax=True, spacing_mm=(1.0, 2.0))(logits, label))
     assert not torch.isclose(given, own(logits, label))
+    signed = made_map(label, rotated((5.0, 0.5)), (5.0, 0.5))
+    value = own(logits, {"label": meta, "spacing_mm": (1.0, 2.0), "distance_map": signed})
+    torch.testing.assert_close(value, HausdorffLoss(softmax=True, spacing_mm=(5.0, 0.5))(logits, label))
+    assert not torch.isclose(value, given)
+    # Without the record of how it was made, a map tells no spacing.
+    bare = {"label": meta, "spacing_mm": (5.0, 0.5), "distance_map": MetaTensor(signed.as_tensor())}
+    torch.testing.assert_close(own(logits, bare), value)
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+@pytest.mark.parametrize("mapping", [False, True])
+def test_a_plain_label_needs_a_spacing(spatial, mapping):
+    """No millimetre is taken for granted."""
+    logits, label = case(spatial, 3)
+    words = (
+        r"^spacing_mm: expected the voxel spacing, got a plain label without one; give \"spacing_mm\" with the target.*"
+        rf"spacing_mm=\({', '.join(['1.0'] * len(spatial))}\) to count in voxels"
+    )
+    with pytest.raises(ValueError, match=words):
+        HausdorffLoss(softmax=True)(logits, {"label": label} if mapping else label)
+    with pytest.raises(ValueError, match="spacing_mm: expected the voxel spacing, got a plain label"):
+        HausdorffLoss(softmax=True)(logits, {"label": label, "distance_map": torch.zeros(logits.shape)})
+
+
+MOVES = {
+    "quarter turn": (lambda x: x.transpose(2, 4).flip(2), [[0, 0, 1], [0, 1, 0], [-1, 0, 0]]),
+    "other order": (lambda x: x.movedim(4, 2), [[0, 1, 0], [0, 0, 1], [1, 0, 0]]),
+    "flip": (lambda x: x.flip(3), [[1, 0, 0], [0, -1, 0], [0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize(("move", "steps"), MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_spacing_beside_a_turned_map_may_be_stale(move, steps, combined):
+    """The map follows the turn, the number beside it does not."""
+    logits, label = case((6, 5, 4), 3)
+    spacing = torch.tensor(SPACING[3])
+    expected = HausdorffLoss(softmax=True, spacing_mm=SPACING[3])(logits, label)
+    signed = made_map(label, rotated(SPACING[3]), SPACING[3])
+    turned = MetaTensor(move(signed.as_tensor()), meta=dict(signed.meta))
+    now = rotated(SPACING[3])
+    now[:3, :3] = now[:3, :3] @ torch.tensor(steps, dtype=torch.float64)
+    turned.affine = now
+    target = {"label": move(label), "distance_map": turned, "spacing_mm": spacing.expand(3, -1)}
+    loss = HausdorffLoss(softmax=True)
+    if combined:
+        loss = CombinedLoss({"hausdorff": loss}, keys={"hausdorff": {key: key for key in target}})
+    torch.testing.assert_close(loss(move(logits), target), expected, rtol=1e-5, atol=0)
+    stale = target | {"distance_map": turned.as_tensor()}  # without its meta data the number counts
+    assert torch.isclose(loss(move(logits), stale), expected, rtol=1e-3) == (steps[0][0] == 1)
 
 
 def test_spacing_of_the_slice_axis_is_not_used():
@@ -267,7 +326,7 @@ def test_spacing_of_the_slice_axis_is_not_used():
 
 def test_a_given_map_is_used():
     logits, label = case((9, 7), 3)
-    loss = HausdorffLoss(softmax=True)
+    loss = HausdorffLoss(softmax=True, spacing_mm=(1, 1))
     none, ten = torch.zeros(3, 3, 9, 7), torch.full((3, 3, 9, 7), -10.0)
     difference = loss(logits, {"label": label, "distance_map": ten}) - loss(
         logits, {"label": label, "distance_map": none}
@@ -280,7 +339,7 @@ def test_a_given_map_is_clipped_and_may_be_in_half_precision():
     logits, label = case((9, 7), 3)
     signed = label_map(label, 3, [(1.0, 1.0)] * 3)
     assert signed.abs().max() > 1.5
-    loss = HausdorffLoss(softmax=True, clip_mm=1.5)
+    loss = HausdorffLoss(softmax=True, clip_mm=1.5, spacing_mm=(1, 1))
     value = loss(logits, {"label": label, "distance_map": signed})
     torch.testing.assert_close(value, loss(logits, label))
     half = loss(logits, {"label": label, "distance_map": signed.half()})
@@ -297,14 +356,14 @@ def test_how_many_masks_are_measured(monkeypatch):
 
     monkeypatch.setattr("medconstraints.losses.hausdorff.signed_distance", counting)
     logits, label = case((5, 4, 3), 3)
-    loss = HausdorffLoss(softmax=True)
+    loss = HausdorffLoss(softmax=True, spacing_mm=(1, 1, 1))
     loss(logits, {"label": label, "distance_map": torch.zeros(3, 3, 5, 4, 3)})
     assert calls == [(5, 4, 3)] * 6  # 3 samples, 2 classes
     loss(logits, label)
     assert len(calls) == 6 + 12
     # Images and slices go in one call, of both label and prediction.
-    HausdorffLoss(softmax=True, slice_axis=1)(logits, label)
-    HausdorffLoss(softmax=True)(logits[..., 0], label[..., 0])
+    HausdorffLoss(softmax=True, slice_axis=1, spacing_mm=(1, 1, 1))(logits, label)
+    HausdorffLoss(softmax=True, spacing_mm=(1, 1))(logits[..., 0], label[..., 0])
     assert calls[18:] == [(12 * 4, 5, 3), (12, 5, 4)]
 
 
@@ -321,6 +380,18 @@ def test_in_a_combined_loss(key):
     keys["hausdorff"]["spacing_mm"] = "spacing"
     loss = CombinedLoss({"hausdorff": HausdorffLoss(softmax=True)}, keys=keys)
     torch.testing.assert_close(loss(logits, {"label": label, key: signed, "spacing": spacing}), own(logits, label))
+
+
+@pytest.mark.parametrize("keys", ["label", {"label": "label"}], ids=["alone", "as a part"])
+def test_a_label_in_a_combined_loss_keeps_its_affine(keys):
+    logits, label = case((6, 5, 4), 3)
+    meta = MetaTensor(label, affine=torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0])))
+    own = HausdorffLoss(softmax=True)
+    value = CombinedLoss({"hausdorff": own}, keys={"hausdorff": keys})(MetaTensor(logits), {"label": meta})
+    assert type(value) is torch.Tensor
+    assert torch.equal(value, own(logits, meta))
+    assert torch.equal(value, HausdorffLoss(softmax=True, spacing_mm=(1, 1, 5))(logits, label))
+    assert not torch.isclose(value, HausdorffLoss(softmax=True, spacing_mm=(1, 1, 1))(logits, label))
 
 
 # Invariances, empty masks
@@ -345,7 +416,7 @@ def test_permutations_of_classes_samples_and_axes():
 
 def test_a_right_prediction_costs_nothing():
     _, label = case((9, 7), 3)
-    assert HausdorffLoss()(one_hot(label, 3), label).item() == 0
+    assert HausdorffLoss(spacing_mm=(1, 1))(one_hot(label, 3), label).item() == 0
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3])
@@ -353,7 +424,7 @@ def test_an_empty_prediction_is_pulled_by_the_label_alone(level):
     label = torch.zeros(1, 1, 6, 6)
     label[..., 2:5, 1:5] = 1
     probs = torch.full((1, 1, 6, 6), level, requires_grad=True)
-    value = HausdorffLoss()(probs, label)
+    value = HausdorffLoss(spacing_mm=(1, 1))(probs, label)
     value.backward()
     distance = torch.from_numpy(reference_distance(label[0, 0].numpy() > 0, (1.0, 1.0))).float()
     torch.testing.assert_close(value, ((level - label) ** 2 * distance**2).mean())
@@ -364,7 +435,7 @@ def test_an_empty_prediction_is_pulled_by_the_label_alone(level):
 def test_no_boundary_at_all_gives_zero(number):
     """Label and prediction are each empty or full, as in MONAI's class."""
     probs = torch.full((2, 1, 6, 6), 0.2, requires_grad=True)
-    value = HausdorffLoss()(probs, torch.full((2, 1, 6, 6), number))
+    value = HausdorffLoss(spacing_mm=(1, 1))(probs, torch.full((2, 1, 6, 6), number))
     value.backward()
     assert value.item() == 0 and (probs.grad == 0).all()
 
@@ -376,7 +447,7 @@ def test_descent_removes_a_distant_voxel_first():
     probs = label.clone()
     probs[..., 2, 4] = probs[..., 10, 10] = 1
     probs.requires_grad_()
-    HausdorffLoss()(probs, label).backward()
+    HausdorffLoss(spacing_mm=(1, 1))(probs, label).backward()
     assert probs.grad[0, 0, 10, 10] > 10 * probs.grad[0, 0, 2, 4] > 0
     assert probs.grad.count_nonzero() == 2
 
@@ -398,7 +469,7 @@ def test_distances_carry_no_gradient():
     logits, label = case((9, 7), 3)
     signed = label_map(label, 3, [(1.0, 1.0)] * 3).requires_grad_()
     own = logits.clone().requires_grad_()
-    HausdorffLoss(softmax=True)(own, {"label": label, "distance_map": signed}).backward()
+    HausdorffLoss(softmax=True, spacing_mm=(1, 1))(own, {"label": label, "distance_map": signed}).backward()
     assert signed.grad is None and own.grad.isfinite().all() and (own.grad != 0).any()
 
 
@@ -422,9 +493,10 @@ def test_half_precision_does_not_overflow(dtype, reduction):
 
 def test_autocast_changes_nothing():
     logits, label = case((9, 7), 3)
+    loss = HausdorffLoss(softmax=True, spacing_mm=(1, 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = HausdorffLoss(softmax=True)(logits, label)
-    assert inside.dtype == torch.float32 and torch.equal(inside, HausdorffLoss(softmax=True)(logits, label))
+        inside = loss(logits, label)
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(logits, label))
 
 
 def test_meta_tensors_give_a_plain_tensor_and_nothing_is_changed():
@@ -436,7 +508,7 @@ def test_meta_tensors_give_a_plain_tensor_and_nothing_is_changed():
     assert type(value) is torch.Tensor
     value.backward()
     assert image.grad.isfinite().all()
-    HausdorffLoss(softmax=True)(logits, {"label": label, "distance_map": signed})
+    HausdorffLoss(softmax=True, spacing_mm=(1, 1))(logits, {"label": label, "distance_map": signed})
     assert all(torch.equal(a, b) for a, b in zip((logits, label, signed), before, strict=True))
 
 
@@ -498,37 +570,40 @@ def test_refuses_senseless_settings(options, error, words):
 )
 def test_refuses_what_is_no_label(target, words):
     with pytest.raises(ValueError, match=words):
-        HausdorffLoss(softmax=True)(torch.zeros(2, 3, 6, 5), target)
+        HausdorffLoss(softmax=True, spacing_mm=(1, 1))(torch.zeros(2, 3, 6, 5), target)
 
 
 def test_refuses_masks_where_class_numbers_are_announced():
     with pytest.raises(ValueError, match=r"label: expected .*\(2, 1, 6, 5\), got \(2, 3, 6, 5\);.*to_onehot_y=False"):
-        HausdorffLoss(softmax=True, to_onehot_y=True)(torch.zeros(2, 3, 6, 5), torch.zeros(2, 3, 6, 5))
+        HausdorffLoss(softmax=True, to_onehot_y=True, spacing_mm=(1, 1))(
+            torch.zeros(2, 3, 6, 5), torch.zeros(2, 3, 6, 5)
+        )
 
 
 @pytest.mark.parametrize(
     ("signed", "words"),
     [
-        (
-            torch.zeros(2, 2, 6, 5),
-            r"distance_map: expected .*\(2, 3, 6, 5\).*got torch.float32 of shape \(2, 2, 6, 5\)",
-        ),
-        (torch.zeros(1, 3, 6, 5), r"distance_map: expected .*got .*\(1, 3, 6, 5\)"),
-        (torch.zeros(2, 3, 5, 6), r"distance_map: expected .*got .*\(2, 3, 5, 6\)"),
-        (torch.zeros(2, 3, 6, 5).int(), r"distance_map: expected floating point .*got torch.int32"),
-        (
-            torch.zeros(2, 3, 6, 5).to(torch.int8),
-            "distance_map: expected distances in mm, got int8; .*DecodeDistanceMapd",
-        ),
+        (torch.zeros(2, 2, 6, 5), r"each channel of the input, \(2, 3, 6, 5\), got \(2, 2, 6, 5\); .*num_classes"),
+        (torch.zeros(1, 3, 6, 5), r"each channel of the input, \(2, 3, 6, 5\), got \(1, 3, 6, 5\)"),
+        (torch.zeros(2, 3, 5, 6), r"each channel of the input, \(2, 3, 6, 5\), got \(2, 3, 5, 6\); .*crop, flip"),
+        (torch.zeros(2, 3, 6, 5).int(), r"floating point, got torch\.int32; a label is turned into one by Signed"),
+        (torch.zeros(2, 3, 6, 5).to(torch.int8), r"floating point, got torch\.int8; .*DecodeDistanceMapd"),
+        (torch.ones(2, 3, 6, 5), r"got zeros and ones as of a label; make it with SignedDistanceMapd"),
     ],
 )
-def test_refuses_another_map(signed, words):
-    with pytest.raises(ValueError, match=words):
-        HausdorffLoss()(torch.zeros(2, 3, 6, 5), {"label": torch.zeros(2, 1, 6, 5), "distance_map": signed})
+@pytest.mark.parametrize("key", ["distance_map", "phi"])
+def test_refuses_another_map(signed, words, key):
+    target = {"label": torch.zeros(2, 1, 6, 5), key: signed}
+    loss = HausdorffLoss(spacing_mm=(1, 1))
+    if key == "phi":  # the loss knows it by its own name
+        loss = CombinedLoss({"own": loss}, keys={"own": {"label": "label", "distance_map": "phi"}})
+    with pytest.raises(ValueError, match=rf"^distance_map: expected a distance map .*{words}"):
+        loss(torch.zeros(2, 3, 6, 5), target)
 
 
 def test_refuses_a_resampled_map():
-    signed = MetaTensor(torch.zeros(2, 3, 6, 5), affine=torch.eye(4), meta={RECORD: record(torch.eye(4), 1.0)})
+    kept = record(torch.eye(4), (1.0, 1.0), 1.0)
+    signed = MetaTensor(torch.zeros(2, 3, 6, 5), affine=torch.eye(4), meta={RECORD: kept})
     target = {"label": torch.zeros(2, 1, 6, 5), "distance_map": signed}
     assert HausdorffLoss()(torch.zeros(2, 3, 6, 5), target) == 0
     signed.affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
@@ -570,7 +645,7 @@ def test_refuses_slices_of_slices():
 
 def test_refuses_an_activation_that_changes_the_shape():
     with pytest.raises(ValueError, match=r"other_act: expected a function that keeps the shape, got \(2, 6, 5\)"):
-        HausdorffLoss(other_act=lambda x: x.sum(1))(torch.zeros(2, 3, 6, 5), torch.zeros(2, 1, 6, 5))
+        HausdorffLoss(other_act=lambda x: x.sum(1), spacing_mm=(1, 1))(torch.zeros(2, 3, 6, 5), torch.zeros(2, 1, 6, 5))
 
 
 def test_options_are_keywords():

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from medconstraints.distance.jit import compiled, inlined
 
 __all__ = ["path_lengths"]
 
@@ -23,7 +24,7 @@ _NONE = -1
 _NOT_QUEUED = -2
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def _squared_difference(image, p, q):  # type: ignore[no-untyped-def]
     total = 0.0
     for channel in range(image.shape[1]):
@@ -32,7 +33,7 @@ def _squared_difference(image, p, q):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def _put(p, bucket, heads, after, before):  # type: ignore[no-untyped-def]
     head = heads[bucket]
     after[p], before[p] = head, _NONE
@@ -41,7 +42,7 @@ def _put(p, bucket, heads, after, before):  # type: ignore[no-untyped-def]
     heads[bucket] = p
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def _take(p, bucket, heads, after, before):  # type: ignore[no-untyped-def]
     if before[p] == _NONE:
         heads[bucket] = after[p]
@@ -52,7 +53,7 @@ def _take(p, bucket, heads, after, before):  # type: ignore[no-untyped-def]
     before[p] = _NOT_QUEUED
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def path_lengths(  # type: ignore[no-untyped-def]
     side, image, steps, lengths, weight, limit, width, heads, after, before, found
 ):

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from medconstraints.distance.jit import compiled, inlined
 
 __all__ = ["along_first", "along_last", "along_middle", "label_extents"]
 
@@ -21,14 +22,14 @@ INF = np.float32(np.inf)
 TILE = 16  # lines at a time: their elements side by side fill one line of the cache
 
 
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@inlined
 def _cost(steps: float, half: float, step2: float) -> float:
     """Squared distance over a number of steps; `half` is 0.5 where it is measured to the face, 0 to the centre."""
     steps = abs(steps) - half
     return steps * steps * step2 if steps > 0 else 0.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@inlined
 def _first_better(i: int, j: int, difference: float, half: float) -> float:
     """First x at which candidate j beats i < j, where difference = (g_j - g_i) / step^2; not rounded to the run."""
     gap = j - i
@@ -44,7 +45,7 @@ def _first_better(i: int, j: int, difference: float, half: float) -> float:
     return min(max(math.floor((difference / (gap - 1) + i + j) / 2) + 1, i + 1), j)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _envelope(line, length, step, half, limit2, place, value, start):  # type: ignore[no-untyped-def]
     """Signed squared distances of one line: from those over the axes before to those over this axis too.
 
@@ -94,7 +95,7 @@ def _envelope(line, length, step, half, limit2, place, value, start):  # type: i
         first = last
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def along_last(label, number, begin, stop, step, half, out):  # type: ignore[no-untyped-def]
     """Signed squared distance along the last axis to the nearest change between `number` and the other values.
 
@@ -119,7 +120,7 @@ def along_last(label, number, begin, stop, step, half, out):  # type: ignore[no-
                 first = last
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def along_middle(squared, begin, stop, step, half, limit2, out, finish):  # type: ignore[no-untyped-def]
     """The same with the distance along the middle axis added, for x in begin..stop - 1.
 
@@ -133,7 +134,7 @@ def along_middle(squared, begin, stop, step, half, limit2, out, finish):  # type
             _tile(squared[x, :, z : z + TILE], step, half, limit2, out[x, :, z : z + TILE], finish, lines, buffers)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def along_first(squared, begin, stop, step, half, limit2, out, finish):  # type: ignore[no-untyped-def]
     """The same with the distance along the first axis added, for y in begin..stop - 1."""
     lines, buffers = _buffers(squared.shape[0])
@@ -142,13 +143,13 @@ def along_first(squared, begin, stop, step, half, limit2, out, finish):  # type:
             _tile(squared[:, y, z : z + TILE], step, half, limit2, out[:, y, z : z + TILE], finish, lines, buffers)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _buffers(length):  # type: ignore[no-untyped-def]
     numbers = np.empty((2, length + 3), np.int64)
     return np.empty((TILE, length), np.float32), (numbers[0], np.empty(length + 3, np.float64), numbers[1])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _tile(squared, step, half, limit2, out, finish, lines, buffers):  # type: ignore[no-untyped-def]
     """Lines along the first axis of (length, up to TILE): turned, so that a line is in one piece, and back."""
     length, columns = squared.shape
@@ -172,7 +173,7 @@ def _tile(squared, step, half, limit2, out, finish, lines, buffers):  # type: ig
             out[x, z] = lines[z, x]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def label_extents(label, begin, stop, low, high, counts):  # type: ignore[no-untyped-def]
     """Adds to the extent (C, 3) and the size (C,) of each class those of the planes begin..stop - 1.
 
