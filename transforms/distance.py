@@ -152,7 +152,7 @@ class SignedDistanceMapd(MapTransform):
         try:
             # Stored in another type, one class after the other: never all of them in float32.
             groups = [[number] for number in self.classes]
-            if self.storage == "float32" and len(plain) == 1:
+            if self.storage == "float32" and not self._are_masks(plain):
                 groups = [self.classes]
             done = 0
             for group in groups:
@@ -172,9 +172,10 @@ class SignedDistanceMapd(MapTransform):
     def _distances(self, label: Tensor, classes: list[int], image: Any, spacing: Sequence[float]) -> Tensor:
         """Maps (len(classes), *S), float32, of a label (1, *S), or of one class of masks (C, *S)."""
         options: dict[str, Any] = {"slice_axis": self.slice_axis, "clip_mm": self.clip_mm, "backend": self.backend}
-        if image is None and len(label) == 1:
+        masks = self._are_masks(label)
+        if image is None and not masks:
             return signed_distance_map(
-                label[0], max(self.num_classes, 2), spacing, classes=classes, convention=self.convention, **options
+                label[0], self.num_classes, spacing, classes=classes, convention=self.convention, **options
             )
         if image is None:
             return signed_distance(label[classes[0]], spacing, convention=self.convention, **options)[None]
@@ -184,14 +185,20 @@ class SignedDistanceMapd(MapTransform):
         values = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
         if self.slice_axis is not None:
             options["slice_axis"] = self.slice_axis % (label.ndim - 1)
-        if len(label) == 1:
-            # Refuses what is no label, before its classes are looked at one by one.
-            signed_distance_map(label[0], max(self.num_classes, 2), spacing, classes=(0,), slice_axis=self.slice_axis)
-        masks = [label[0] == number if len(label) == 1 else label[number] > 0 for number in classes]
-        maps = [
-            signed_geodesic_distance(mask, values, spacing, image_weight=self.image_weight, **options) for mask in masks
-        ]
+        maps = []
+        for number in classes:
+            # Refuses what is no label and no mask.
+            if masks:
+                signed_distance(label[number], spacing, slice_axis=self.slice_axis)
+            else:
+                signed_distance_map(label[0], self.num_classes, spacing, classes=(0,), slice_axis=self.slice_axis)
+            mask = label[number] > 0 if masks else label[0] == number
+            maps.append(signed_geodesic_distance(mask, values, spacing, image_weight=self.image_weight, **options))
         return torch.stack(maps)
+
+    def _are_masks(self, label: Tensor) -> bool:
+        """One channel for each class, not class numbers."""
+        return len(label) == self.num_classes
 
 
 class DecodeDistanceMapd(MapTransform):

@@ -29,6 +29,7 @@ LOSSES = {
     "GDL": "--schedule none",
     "GDL + boundary, 2D map": "--slice_axis 2",
     "GDL + boundary, 3D map": "",
+    "GDL + boundary, 3D map up to 5 mm": "--clip_mm 5",
     "GDL + Hausdorff": "--slice_axis 2 --distance hausdorff",
     "GDL + 0.1 Hausdorff": "--slice_axis 2 --distance hausdorff --schedule constant --alpha 0.1",
     "Focal": "--regional focal --schedule none",

@@ -400,7 +400,7 @@ def test_refuses_a_resampled_map(combined):
         loss = CombinedLoss({"ce": loss}, keys={"ce": {key: key for key in target}})
     assert loss(torch.zeros(2, 3, 6, 5), target).isfinite()
     maps.affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match="^distance_map: this distance map was resampled .* put SignedDistanceMapd"):
+    with pytest.raises(ValueError, match=r"^distance_map: this distance map was resampled .* put SignedDistanceMapd"):
         loss(torch.zeros(2, 3, 6, 5), target)
 
 
