@@ -24,10 +24,10 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
 
     Mean over the voxels p of -sum_c u_c(p) log s_c(p), with u_c(p) = g_c(p) [w_c + w0 exp(-D(p)^2 / (2 sigma^2))] and
     D(p) = |phi_c(p)|, the distance in mm from p to the boundary of its own class. The mean is not divided by the
-    weights. A value of exactly 0 says that there is no boundary: the class is absent or fills the image or the slice, or
-    the voxel is padding; the second part of the weight is then 0. Distances to the faces or the centres of voxels are
-    never 0 otherwise; those of the convention "published" are at the rims inside, and so may be those in coarse int8,
-    which therefore lose that part there.
+    weights. A value of exactly 0 says that there is no boundary: the class is absent or fills the image or the slice,
+    or the voxel is padding. The second part of the weight is then 0. Distances to the faces or the centres of voxels
+    are never 0 otherwise; those of the convention "published" are at the rims inside, and so may be those in coarse
+    int8, which therefore lose that part there.
 
     Args:
         boundary_weight: w0, weight of a voxel on the boundary.
