@@ -69,8 +69,10 @@ def case(name: str, shape: tuple[int, ...], runs: int) -> dict[str, Any]:
         {
             "monai_boundary": backward(monai_boundary, logits, one_hot),
             "monai_hausdorff": backward(monai_hausdorff, logits, one_hot),
-            "hausdorff": backward(HausdorffLoss(softmax=True), logits, label[:, None]),
-            "hausdorff_map": backward(HausdorffLoss(softmax=True), logits, both),
+            "hausdorff": backward(
+                HausdorffLoss(softmax=True, spacing_mm=(1.0,) * len(shape[2:])), logits, label[:, None]
+            ),
+            "hausdorff_map": backward(HausdorffLoss(softmax=True, spacing_mm=(1.0,) * len(shape[2:])), logits, both),
         },
         runs=max(3, runs // 6),
         warmup=1,

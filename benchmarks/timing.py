@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -69,6 +70,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 def extra_rss_bytes(function: Callable[[], Any]) -> int:
     """Largest growth of the process's memory while the function runs, its result included; sampled each millisecond."""
     page = os.sysconf("SC_PAGE_SIZE")
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, and not be seen
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * page

@@ -211,6 +211,7 @@ class DecodeDistanceMapd(MapTransform):
         keys: keys of the maps.
         spacing_key: key of the spacing that `SignedDistanceMapd` wrote.
         track_meta: keep the meta data; without them batches are put together faster.
+        keep_half: leave "float16" as it is: the losses take it, and batches are put together faster.
         allow_missing_keys: leave items without a map as they are.
 
     Raises:
@@ -223,9 +224,11 @@ class DecodeDistanceMapd(MapTransform):
         *,
         spacing_key: str = "spacing_mm",
         track_meta: bool = True,
+        keep_half: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.keep_half = keep_half
         self.spacing_key = spacing_key
         self.track_meta = track_meta
 
@@ -244,7 +247,7 @@ class DecodeDistanceMapd(MapTransform):
                     f"{key}: expected a distance map with its meta data, got plain int8; keep it a MetaTensor up to "
                     'here, or store it as "float16".'
                 )
-            decoded = stored.float()
+            decoded = stored if self.keep_half and stored.dtype == torch.float16 else stored.float()
             if kept is not None and float(kept["scale_mm"]) != 1:
                 decoded = decoded * float(kept["scale_mm"])
                 decoded.meta[RECORD] = {**kept, "scale_mm": 1.0}

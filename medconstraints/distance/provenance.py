@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
@@ -31,16 +32,18 @@ def spacing_now(distance_map: Tensor) -> Tensor | None:
     kept = distance_map.meta[RECORD]
     spacing, dims = kept["spacing_mm"], kept["spacing_mm"].shape[-1]
     steps, known = _steps(kept["affine"], distance_map.affine)
-    moved = torch.einsum("...ij,...i->...j", steps.abs().round()[..., :dims, :dims], spacing)
-    return torch.where(known[..., None] & (moved > 0), moved, spacing)
+    moved = np.einsum("...ij,...i->...j", np.rint(np.abs(steps))[..., :dims, :dims], spacing.numpy())
+    return torch.from_numpy(np.where(known[..., None] & (moved > 0), moved, spacing.numpy()))
 
 
-def _steps(made: Any, now: Any) -> tuple[Tensor, Tensor]:
+def _steps(made: Any, now: Any) -> tuple[np.ndarray, np.ndarray]:
     """Today's steps in those of the map's making, and whether they can be compared."""
-    made, now = (torch.as_tensor(one).double().cpu()[..., :-1, :-1] for one in (made, now))
-    steps, failed = torch.linalg.solve_ex(made, now)
+    # In numpy: for matrices as small as these torch takes many times as long, once for each item of a training.
+    made, now = (torch.as_tensor(one).cpu().numpy().astype(np.float64)[..., :-1, :-1] for one in (made, now))
     # The spacing was given by hand where the affine tells none; then there is nothing to compare.
-    return steps, (failed == 0) & torch.isfinite(made).flatten(-2).all(-1)
+    known = np.isfinite(made).all((-2, -1))
+    known &= np.abs(np.linalg.det(np.where(known[..., None, None], made, 0.0))) > 0
+    return np.linalg.solve(np.where(known[..., None, None], made, np.eye(made.shape[-1])), now), known
 
 
 def check_not_resampled(distance_map: Tensor, name: str) -> None:
@@ -58,10 +61,10 @@ def check_not_resampled(distance_map: Tensor, name: str) -> None:
         return
     steps, known = _steps(kept["affine"], distance_map.affine)
     # Crops, flips, quarter turns and changed orders of axes make a signed permutation of the old steps.
-    whole = steps.round()
-    permutes = ((whole.abs().sum(-1) == 1) & (whole.abs().sum(-2) == 1)).all(-1)
-    close = ((steps - whole).abs() <= TOLERANCE).flatten(-2).all(-1)
-    if not bool(((permutes & close) | ~known).all()):
+    whole = np.rint(steps)
+    permutes = ((np.abs(whole).sum(-1) == 1) & (np.abs(whole).sum(-2) == 1)).all(-1)
+    close = (np.abs(steps - whole) <= TOLERANCE).all((-2, -1))
+    if not ((permutes & close) | ~known).all():
         raise ValueError(
             f"{name}: this distance map was resampled after it was made (its affine tells of another spacing, a "
             "rotation or a zoom), and its values are no longer distances; put SignedDistanceMapd after the transforms "

@@ -418,6 +418,9 @@ def test_decoding_without_meta_data(storage):
     assert isinstance(kept, MetaTensor) and not isinstance(bare, MetaTensor)
     assert bare.dtype == torch.float32
     torch.testing.assert_close(bare, kept.as_tensor())
+    half = DecodeDistanceMapd(track_meta=False, keep_half=True)(item)["distance_map"]
+    assert half.dtype == (torch.float16 if storage == "float16" else torch.float32)
+    torch.testing.assert_close(half.float(), bare)
 
 
 def test_decoding_refuses_a_resampled_map():
