@@ -107,7 +107,7 @@ def test_no_volumes(folder, tmp_path, source, message):
         ({"test": [{"image": [1]}]}, r"entry 0 of 'test' in datalist\.json: expected a path under 'image'.*got \[1\]"),
         ({"test": [{"image": "a.nii", "boxes": []}]}, r"entry 0 .*: expected a path under 'boxes'.*got \[\]"),
         (
-            {"test": [{"image": ["a.nii", "b.nii.gz"]}]},
+            {"test": [{"image": ["a.nii", "b.nrrd"]}]},
             r"source: entry 0 of datalist\.json: expected one .*got \[",
         ),
         ({"test": ["a.nii", {"image": "mask.nrrd"}]}, r"source: entry 1 of datalist\.json: expected one .*mask\.nrrd"),
@@ -119,6 +119,18 @@ def test_unusable_datalists(datalist, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         volumes_for_inference(path, output_dir=tmp_path / "out")
     assert tree(tmp_path) == before
+
+
+def test_files_of_several_channels(folder, datalist, tmp_path):
+    path = datalist({"test": [{"image": ["b.nii.gz", "a.nii"]}, {"image": ["c.1.nii.gz"]}]})
+    items = volumes_for_inference(path, output_dir=tmp_path / "out")
+    assert items == [
+        {"image": [str(folder / "b.nii.gz"), str(folder / "a.nii")]},
+        {"image": str(folder / "c.1.nii.gz")},
+    ]
+    (tmp_path / "out" / "b_seg.nii.gz").write_bytes(b"")  # the first file names the mask
+    with pytest.raises(FileExistsError, match="b_seg"):
+        volumes_for_inference(path, output_dir=tmp_path / "out")
 
 
 def test_masks_of_one_name_are_refused(folder, datalist, tmp_path):
