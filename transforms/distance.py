@@ -187,11 +187,12 @@ class SignedDistanceMapd(MapTransform):
             options["slice_axis"] = self.slice_axis % (label.ndim - 1)
         maps = []
         for number in classes:
-            # Refuses what is no label and no mask.
+            # Refuses what is no label, once, and what is no mask; near the object alone, for the sake of time.
+            near: dict[str, Any] = {"slice_axis": self.slice_axis, "clip_mm": min(spacing)}
             if masks:
-                signed_distance(label[number], spacing, slice_axis=self.slice_axis)
-            else:
-                signed_distance_map(label[0], self.num_classes, spacing, classes=(0,), slice_axis=self.slice_axis)
+                signed_distance(label[number], spacing, **near)
+            elif number == classes[0]:
+                signed_distance_map(label[0], self.num_classes, spacing, classes=(number,), **near)
             mask = label[number] > 0 if masks else label[0] == number
             maps.append(signed_geodesic_distance(mask, values, spacing, image_weight=self.image_weight, **options))
         return torch.stack(maps)
