@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from medconstraints.distance.provenance import RECORD, check_not_resampled, record, spacing_now
-from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance, signed_distance_map
+from medconstraints.distance.signed import check_options, signed_distance, signed_distance_map
 from medconstraints.transforms.weak_labels import label_name
 
 __all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]
@@ -90,13 +90,9 @@ class SignedDistanceMapd(MapTransform):
         chosen = list(range(num_classes)) if classes is None else list(classes)
         if not chosen or not all(isinstance(number, int) and 0 <= number < num_classes for number in chosen):
             raise ValueError(f"classes: expected class numbers 0..{num_classes - 1}, got {classes!r}.")
-        for name, value, known in (("convention", convention, CONVENTIONS), ("storage", storage, tuple(STORAGE))):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
-        if clip_mm is not None and not 0 < clip_mm < math.inf:
-            raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
+        check_options(convention, clip_mm, backend)
+        if storage not in STORAGE:
+            raise ValueError(f"storage: expected one of {', '.join(STORAGE)}, got {storage!r}.")
         if storage == "int8" and clip_mm is None:
             raise ValueError('clip_mm: expected the largest distance for storage "int8", whose 127 steps it sets.')
         if not 0 <= image_weight < math.inf or (image_weight and image_key is None):

@@ -100,11 +100,10 @@ def _one_map(
     whole = part.shape == label.shape
     if not whole:
         part = np.ascontiguousarray(part)
-        # A slice without the class has no boundary, and a map of zeros.
-        with_class = (part == number).any(axis=(1, 2)) if by_slice else np.ones(len(part), bool)
         out[:] = 0 if by_slice else clip_mm
         if by_slice:
-            out[box[0]][with_class] = clip_mm
+            # A slice without the class has no boundary, and a map of zeros.
+            out[(part == number).any(axis=(1, 2))] = clip_mm
     squared = out if whole else np.empty(part.shape, np.float32)
     target = out[box]
     first, middle, last = how.spacing_mm

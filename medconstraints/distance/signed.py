@@ -12,12 +12,26 @@ from torch import Tensor
 
 from medconstraints.distance import lattice, on_device
 
-__all__ = ["BACKENDS", "CONVENTIONS", "signed_distance", "signed_distance_map"]
+__all__ = ["check_options", "signed_distance", "signed_distance_map"]
 
 CONVENTIONS = ("boundary", "voxel", "published")
 BACKENDS = ("auto", "numba", "torch", "scipy", "simpleitk")
 
 Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+def check_options(convention: str, clip_mm: float | None, backend: str) -> None:
+    """The options that distances have wherever they are asked for.
+
+    Raises:
+        ValueError: one of them is unknown or outside its range.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if clip_mm is not None and not 0 < clip_mm < math.inf:
+        raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
 
 
 class _LabelError(ValueError):
@@ -122,12 +136,7 @@ def signed_distance_map(
     spacing = _checked_spacing(spacing_mm, shape, "label")
     axis = _checked_slice_axis(slice_axis, shape)
     chosen = _checked_classes(classes, num_classes)
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
-    if clip_mm is not None and not 0 < clip_mm < math.inf:
-        raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
+    check_options(convention, clip_mm, backend)
     on_accelerator = isinstance(label, Tensor) and label.device.type != "cpu"
     if backend == "auto":
         backend = "torch" if on_accelerator else "numba"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medconstraints.distance.provenance import spacing_now
-from medconstraints.distance.signed import BACKENDS, CONVENTIONS, signed_distance
+from medconstraints.distance.signed import check_options, signed_distance
 from medconstraints.losses.base import ProbabilityLoss, plain
 from medconstraints.losses.distance_target import DistanceMapCheck
 
@@ -100,12 +100,7 @@ class HausdorffLoss(ProbabilityLoss):
             )
         if slice_axis is not None and (isinstance(slice_axis, bool) or slice_axis not in range(-3, 3)):
             raise ValueError(f"slice_axis: expected None, or a spatial axis 0..2 of a volume, got {slice_axis!r}.")
-        if convention not in CONVENTIONS:
-            raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}.")
-        if clip_mm is not None and not 0 < clip_mm < math.inf:
-            raise ValueError(f"clip_mm: expected a number of millimetres > 0, or None, got {clip_mm!r}.")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+        check_options(convention, clip_mm, backend)
         self.alpha = float(alpha)
         self.include_background = include_background
         self.to_onehot_y = to_onehot_y
