@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bundle_epochs import parsed_bundle
 from timing import medians_ms, steady_allocator, write
 
-from medconstraints.data import make_cohort
+from medconstraints.synthetic import make_cohort
 
 SHAPE = (48, 64, 48)
 

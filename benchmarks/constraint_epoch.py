@@ -18,8 +18,8 @@ import torch
 from bundle_epochs import parsed_bundle
 from timing import medians_ms, steady_allocator, write
 
-from medconstraints.data import make_cohort
-from medconstraints.engines import DualPassHandler, StepFormulationHandler
+from medconstraints.handlers import DualPassHandler, StepFormulationHandler
+from medconstraints.synthetic import make_cohort
 
 SHAPE = (48, 64, 48)
 

@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from medconstraints.data.phantoms import make_cohort
 from medconstraints.reports.evaluation import evaluate_predictions, format_summary, write_results
 from medconstraints.reports.html import build_cases, write_report
 from medconstraints.reports.montage import montage
+from medconstraints.synthetic.phantoms import make_cohort
 
 __all__ = ["main", "run_demo"]
 

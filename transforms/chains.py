@@ -19,7 +19,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from medconstraints.data.flags import read_flag
+from medconstraints.checks import flag
 from medconstraints.transforms.bounds import LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
@@ -133,7 +133,7 @@ def weak_labels_from(
     Raises:
         ValueError: an unknown source.
     """
-    background = read_flag("background", background)
+    background = flag("background", background)
     if source == "points":
         return [
             RandomPointLabeld(
@@ -209,7 +209,7 @@ def bounds_from(
             bounds_key=bounds_key,
             num_classes=num_classes,
             margin=margin,
-            whole_image=read_flag("whole_image", whole_image),
+            whole_image=flag("whole_image", whole_image),
             units=units,
         )
     ]

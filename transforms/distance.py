@@ -13,8 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from medconstraints.distance.maps import check_options, signed_distance, signed_distance_map
 from medconstraints.distance.provenance import RECORD, check_not_resampled, record, spacing_now
-from medconstraints.distance.signed import check_options, signed_distance, signed_distance_map
 from medconstraints.transforms.weak_labels import label_name
 
 __all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]

@@ -14,7 +14,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from medconstraints.data.box_files import read_boxes
+from medconstraints.boxes.files import read_boxes
 
 __all__ = ["LoadBoxesd"]
 
@@ -22,7 +22,7 @@ __all__ = ["LoadBoxesd"]
 class LoadBoxesd(MapTransform):
     """Replace the path of a box file by its boxes, in the voxels of the loaded image.
 
-    Reads `keys`, the path of a JSON, CSV or 3D Slicer file (see `medconstraints.data.box_files`), and the image at
+    Reads `keys`, the path of a JSON, CSV or 3D Slicer file (see `medconstraints.boxes.files`), and the image at
     `image_key`, a MetaTensor (C, *S). Writes `keys`, (N, 1 + 2 D) int64 rows
     [class, start_1..start_D, stop_1..stop_D], half-open, N = 0 for a file without boxes, and `key + "_affine"`, the
     (4, 4) float64 affine of the grid these numbers belong to. Put it after loading, orientation and resampling, before

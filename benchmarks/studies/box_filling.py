@@ -19,7 +19,8 @@ from monai.bundle import ConfigParser
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
 
-from medconstraints.data import make_cohort, read_datalist
+from medconstraints.data import read_datalist
+from medconstraints.synthetic import make_cohort
 from medconstraints.transforms import fit_size_bounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

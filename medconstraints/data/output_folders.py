@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from medconstraints.data.flags import read_flag
+from medconstraints.checks import flag
 
 __all__ = ["NIFTI_ENDINGS", "check_output_dir", "check_run_dir", "mask_path"]
 
@@ -54,7 +54,7 @@ def check_output_dir(output_dir: str | Path, names: Sequence[str] | None = None,
         ) from error
     expected = sorted(path.name for path in folder.iterdir()) if names is None else names
     present = [name for name in expected if (folder / name).exists()]
-    if present and not read_flag("overwrite", overwrite):
+    if present and not flag("overwrite", overwrite):
         raise FileExistsError(
             f"output_dir: {len(present)} of {len(expected)} outputs exist already in {folder}, such as {present[0]}; "
             "choose another folder, move them away, or set overwrite to true."

@@ -1,72 +1,175 @@
-"""What every loss shares: turning a network's output into probabilities, and the checks of that step."""
+"""What every loss shares: the entries of the batch it reads, activation, choice of classes and reduction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from monai.utils import LossReduction
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from medconstraints.statistics.arguments import plain
+from medconstraints.checks import plain
 
-__all__ = ["ProbabilityLoss", "plain", "shared_softmax", "softmax_is_shared"]
-
-# Softmax of one tensor by its scale, while several losses are computed on that tensor.
-_SHARED: ContextVar[tuple[Tensor, dict[float, Tensor]] | None] = ContextVar("shared_softmax", default=None)
+__all__ = ["Probabilities", "ProbabilityLoss", "TargetLoss"]
 
 
-@contextmanager
-def shared_softmax(input: Tensor) -> Iterator[None]:
-    """Within it, losses with `softmax=True` compute the softmax of this very tensor once for all of them."""
-    token = _SHARED.set((input, {}))
-    try:
-        yield
-    finally:
-        _SHARED.reset(token)
+class TargetLoss(_Loss):
+    """Base of the losses: which entries of a batch make its target.
+
+    A loss of one entry takes its tensor as target, or a mapping that has it; a loss of several takes the mapping.
+    `CombinedLoss`, `PrepareBatchTargets` and a bundle's selection of items read these attributes, so that no config
+    repeats them.
+
+    Attributes:
+        target_keys: entries that must be there, the main one first.
+        optional_keys: entries that are used if they are there.
+        host_keys: those of both that stay on the CPU, where their values are checked without a wait for a device.
+        reads_meta: whether a target keeps its meta data (affine).
+    """
+
+    target_keys: tuple[str, ...] = ("label",)
+    optional_keys: tuple[str, ...] = ()
+    host_keys: frozenset[str] = frozenset()
+    reads_meta: bool = False
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=LossReduction(reduction).value)
+
+    def reduced(self, cost: Tensor) -> Tensor:
+        """Mean, sum, or the cost itself for "none"."""
+        if self.reduction == "none":
+            return cost
+        return cost.mean() if self.reduction == "mean" else cost.sum()
 
 
-def softmax_is_shared(input: Tensor) -> bool:
-    """Whether other losses may need the softmax of this tensor too."""
-    shared = _SHARED.get()
-    return shared is not None and shared[0] is input
+class Probabilities:
+    """Activated output of a network, at least float32: made when first asked for, once for all losses that share it.
+
+    Args:
+        input: output of the network (B, C, *S).
+        activation: "softmax", "sigmoid", a function that keeps the shape, or None for an input of probabilities.
+        scale: factor of the input before the activation.
+    """
+
+    def __init__(self, input: Tensor, activation: str | Callable[[Tensor], Tensor] | None, scale: float = 1.0) -> None:
+        # Half precision overflows in sums over volumes.
+        self._input = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        self._activation = activation
+        self._scale = scale
+        self._all: Tensor | None = None
+        self._chosen: dict[tuple[int, ...], Tensor] = {}
+
+    def all(self) -> Tensor:
+        """(B, C, *S)."""
+        if self._all is None:
+            self._all = self._activated(self._input)
+        return self._all
+
+    def channels(self, numbers: Sequence[int]) -> Tensor:
+        """(B, K, *S): the channels of these numbers; a view where they follow each other and all are known."""
+        key = tuple(numbers)
+        if self._all is not None or key == tuple(range(self._input.shape[1])):
+            return select_channels(self.all(), key)
+        if key not in self._chosen:
+            self._chosen[key] = self._some(key)
+        return self._chosen[key]
+
+    def _some(self, numbers: tuple[int, ...]) -> Tensor:
+        if self._activation == "softmax":
+            if self._input.shape[1] == 2 and len(numbers) == 1:
+                # The softmax of two channels is a sigmoid of their difference, at half the work and memory.
+                (one,) = numbers
+                return torch.sigmoid(self._scaled(self._input[:, one : one + 1] - self._input[:, 1 - one : 2 - one]))
+            return select_channels(self.all(), numbers)
+        if self._activation is None or self._activation == "sigmoid":
+            return self._activated(select_channels(self._input, numbers))
+        return select_channels(self.all(), numbers)  # a function may mix channels
+
+    def _activated(self, input: Tensor) -> Tensor:
+        if self._activation is None:
+            return input
+        if self._activation == "softmax":
+            return torch.softmax(self._scaled(input), dim=1)
+        if self._activation == "sigmoid":
+            return torch.sigmoid(self._scaled(input))
+        activated = plain(self._activation(input))  # type: ignore[operator]
+        if activated.shape != input.shape:
+            raise ValueError(
+                f"other_act: expected a function that keeps the shape, got {tuple(activated.shape)} for "
+                f"{tuple(input.shape)}."
+            )
+        return activated
+
+    def _scaled(self, input: Tensor) -> Tensor:
+        return input if self._scale == 1 else input * self._scale
 
 
-class ProbabilityLoss(_Loss):
+class ProbabilityLoss(TargetLoss):
     """Base of losses on class probabilities; MONAI's argument names.
 
     Args:
+        include_background: whether channel 0 counts. A single channel, a foreground, always does.
+        classes: channels that count, in this order; None for all, less the background.
         sigmoid: apply a sigmoid to the input.
         softmax: apply a softmax over the channels of the input.
-        logit_scale: factor of the input before the activation; above 1 it sharpens the probabilities.
+        other_act: another activation, a function of the input that keeps its shape.
+        logit_scale: factor of the input before sigmoid or softmax; above 1 it sharpens the probabilities.
         reduction: "mean", "sum" or "none".
 
     Raises:
-        ValueError: both activations are asked for, a scale that is not positive or has no activation to act on, or an
-            unknown reduction.
+        TypeError: `other_act` cannot be called.
+        ValueError: more than one activation, a scale that is not positive or has no activation to act on, classes that
+            are no different channel numbers, or an unknown reduction.
     """
 
     def __init__(
-        self, *, sigmoid: bool = False, softmax: bool = False, logit_scale: float = 1.0, reduction: str = "mean"
+        self,
+        *,
+        include_background: bool = False,
+        classes: Sequence[int] | None = None,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        logit_scale: float = 1.0,
+        reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        if sigmoid and softmax:
-            raise ValueError("sigmoid, softmax: expected at most one of them to be True, got both; choose one.")
+        super().__init__(reduction=reduction)
+        if other_act is not None and not callable(other_act):
+            raise TypeError(
+                f"other_act: expected None or a function such as torch.tanh, got {type(other_act).__name__}."
+            )
+        if sigmoid + softmax + (other_act is not None) > 1:
+            raise ValueError("sigmoid, softmax, other_act: expected at most one activation, got several; choose one.")
         if not (math.isfinite(logit_scale) and logit_scale > 0) or (logit_scale != 1 and not (sigmoid or softmax)):
             raise ValueError(
                 f"logit_scale: expected a number > 0, and 1 without sigmoid or softmax, got {logit_scale!r}."
             )
-        self.logit_scale = float(logit_scale)
+        if classes is not None and (
+            not len(classes) or len(set(classes)) < len(classes) or any(int(n) != n or n < 0 for n in classes)
+        ):
+            raise ValueError(f"classes: expected different channel numbers >= 0, got {classes!r}.")
+        self.include_background = include_background
+        self.classes = None if classes is None else [int(number) for number in classes]
         self.sigmoid = sigmoid
         self.softmax = softmax
+        self.other_act = other_act
+        self.logit_scale = float(logit_scale)
 
-    def probabilities(self, input: Tensor) -> Tensor:
-        """Activated input, at least float32: half precision overflows in sums over volumes."""
-        given = input = plain(input)
+    @property
+    def activation(self) -> tuple[str | Callable[[Tensor], Tensor] | None, float]:
+        """The activation and its scale: losses for which both are equal can share their probabilities."""
+        name = "softmax" if self.softmax else "sigmoid" if self.sigmoid else self.other_act
+        return name, self.logit_scale
+
+    def probabilities(self, input: Tensor) -> Probabilities:
+        """Of an output of the network, with or without MONAI's meta data.
+
+        Raises:
+            ValueError: the input is no floating point (B, C, *S) with D = 2 or 3, or a softmax of a single channel.
+        """
+        input = plain(input)
         if not input.is_floating_point() or input.dim() not in (4, 5):
             raise ValueError(
                 f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
@@ -74,16 +177,42 @@ class ProbabilityLoss(_Loss):
             )
         if self.softmax and input.shape[1] == 1:
             raise ValueError("input: softmax of a single channel is always 1; use sigmoid=True or two channels.")
-        if input.dtype in (torch.float16, torch.bfloat16):
-            input = input.float()
-        if self.softmax:
-            shared = _SHARED.get()
-            if shared is None or shared[0] is not given:
-                return torch.softmax(self._scaled(input), dim=1)
-            if self.logit_scale not in shared[1]:
-                shared[1][self.logit_scale] = torch.softmax(self._scaled(input), dim=1)
-            return shared[1][self.logit_scale]
-        return torch.sigmoid(self._scaled(input)) if self.sigmoid else input
+        return Probabilities(input, *self.activation)
 
-    def _scaled(self, input: Tensor) -> Tensor:
-        return input if self.logit_scale == 1 else input * self.logit_scale
+    def channel_numbers(self, count: int) -> list[int]:
+        """Channels that count, of an input with `count` of them.
+
+        Raises:
+            ValueError: `classes` names a channel that does not exist.
+        """
+        if self.classes is None:
+            # A network with one channel has no background channel to leave out.
+            return list(range(0 if self.include_background or count == 1 else 1, count))
+        if max(self.classes) >= count:
+            raise ValueError(
+                f"classes: expected channel numbers below {count}, the channels of input, got {self.classes}."
+            )
+        return self.classes
+
+
+def select_channels(values: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Channels of (B, C, *S); a view where they follow each other."""
+    first = numbers[0]
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return values[:, first : first + len(numbers)]
+    # An index that is a list would make the host wait for an accelerator.
+    return values.index_select(1, torch.tensor(list(numbers)).to(values.device, non_blocking=True))
+
+
+def one_entry(target: Tensor | Mapping[str, Tensor], key: str) -> Tensor:
+    """The tensor of a loss that reads one entry: the target itself, or that entry of a mapping.
+
+    Raises:
+        ValueError: the mapping has no such tensor.
+    """
+    if isinstance(target, Tensor):
+        return target
+    if not isinstance(target, Mapping) or not isinstance(target.get(key), Tensor):
+        got = sorted(map(str, target)) if isinstance(target, Mapping) else type(target).__name__
+        raise ValueError(f'target: expected a tensor, or a mapping with the tensor "{key}", got {got}.')
+    return target[key]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from medconstraints.losses.base import ProbabilityLoss, plain, softmax_is_shared
 from medconstraints.losses.distance_target import DistanceMapCheck
+from medconstraints.losses.old_base import ProbabilityLoss, plain, softmax_is_shared
 
 __all__ = ["BoundaryLoss"]
 

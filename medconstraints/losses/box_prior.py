@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.losses.old_base import ProbabilityLoss, plain
 from medconstraints.statistics.box_plan import BoxPlan, check_width, plan_boxes, to_device
 from medconstraints.statistics.boxes import box_sums, inside_mask
 

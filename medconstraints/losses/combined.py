@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.base import plain, shared_softmax
+from medconstraints.losses.old_base import plain, shared_softmax
 
 __all__ = ["CombinedLoss"]
 

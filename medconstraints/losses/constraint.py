@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.losses.old_base import ProbabilityLoss, plain
 from medconstraints.statistics.arguments import channels
 
 __all__ = ["ConstraintLoss", "Residuals"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.base import plain
+from medconstraints.losses.old_base import plain
 
 __all__ = ["DistanceMapCheck"]
 

@@ -10,9 +10,9 @@ from monai.utils import LossReduction
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from medconstraints.losses.base import plain
 from medconstraints.losses.class_label import checked_label, class_sizes
 from medconstraints.losses.distance_target import DistanceMapCheck
+from medconstraints.losses.old_base import plain
 
 __all__ = ["DistanceWeightedCrossEntropyLoss"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medconstraints.losses.base import ProbabilityLoss, plain
 from medconstraints.losses.class_label import checked_label, class_sizes, row_sums
+from medconstraints.losses.old_base import ProbabilityLoss, plain
 
 __all__ = ["GeneralizedDiceLoss"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medconstraints.distance.maps import check_options, signed_distance
 from medconstraints.distance.provenance import spacing_now
-from medconstraints.distance.signed import check_options, signed_distance
-from medconstraints.losses.base import ProbabilityLoss, plain
 from medconstraints.losses.distance_target import DistanceMapCheck
+from medconstraints.losses.old_base import ProbabilityLoss, plain
 
 __all__ = ["HausdorffLoss"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from medconstraints.formulations.proposals import check_options, size_proposals
-from medconstraints.losses.base import ProbabilityLoss, plain
+from medconstraints.losses.old_base import ProbabilityLoss, plain
+from medconstraints.losses.size_proposals import check_options, size_proposals
 
 __all__ = ["ProposalLoss"]
 

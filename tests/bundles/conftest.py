@@ -12,7 +12,7 @@ import pytest
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
-from medconstraints.data import make_cohort
+from medconstraints.synthetic import make_cohort
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medconstraints.data import make_discs
+from medconstraints.synthetic import make_discs
 
 SHAPE = (24, 24, 16)
 # All that a test depends on; the configs' own values may change.

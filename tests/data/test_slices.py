@@ -14,7 +14,7 @@ from monai.transforms import Lambdad, RandFlipd, RandGaussianNoised
 
 import medconstraints.data
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
-from medconstraints.engines.checkpoints import SamplerEpochHandler
+from medconstraints.handlers.resume import SamplerEpochHandler
 from medconstraints.transforms import LoadVolumed
 
 SHAPES = [(6, 5, 4), (7, 6, 3), (4, 8, 9)]

@@ -5,7 +5,8 @@ import torch
 from ignite.engine import Events
 from monai.transforms import Compose, Lambdad
 
-from medconstraints.engines import PrepareBatchTargets, RestoreLabelHandler
+from medconstraints.engines import PrepareBatchTargets
+from medconstraints.handlers import RestoreLabelHandler
 
 # A tensor on the device "meta" has no data: it shows what was moved on a machine without accelerator.
 AWAY = torch.device("meta")

@@ -11,8 +11,8 @@ from monai.data import MetaTensor
 from monai.losses import HausdorffDTLoss
 from monai.networks import one_hot
 
+from medconstraints.distance.maps import signed_distance
 from medconstraints.distance.provenance import RECORD, record
-from medconstraints.distance.signed import signed_distance
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.hausdorff import HausdorffLoss
 

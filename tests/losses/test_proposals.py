@@ -5,8 +5,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from medconstraints.formulations.proposals import size_proposals
 from medconstraints.losses.proposals import ProposalLoss
+from medconstraints.losses.size_proposals import size_proposals
 
 INF = float("inf")
 BOUNDS = torch.tensor([[[[-INF, INF]], [[3.0, 5.0]], [[-INF, 9.0]]], [[[-INF, INF]], [[20.0, INF]], [[0.0, 36.0]]]])

@@ -41,7 +41,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from medconstraints.distance.geodesic import signed_geodesic_distance
-from medconstraints.distance.signed import signed_distance_map
+from medconstraints.distance.maps import signed_distance_map
 from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss

@@ -17,7 +17,7 @@ from monai.transforms import (
     SpatialCropd,
 )
 
-from medconstraints.data.box_files import BoxFileError, write_boxes
+from medconstraints.boxes.files import BoxFileError, write_boxes
 from medconstraints.transforms import BoxesToGridd, LoadBoxesd, boxes_from
 
 SHAPE = (18, 22, 10)

@@ -7,7 +7,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from medconstraints.data import make_phantom
+from medconstraints.synthetic import make_phantom
 from medconstraints.transforms import SaveMaskd, inference_postprocessing, read_volumes, save_mask
 
 SHAPE = (6, 7, 5)

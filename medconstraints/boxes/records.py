@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medconstraints.data.box_fields import Refusal, checked_classes
-from medconstraints.data.box_slicer import check_schema
+from medconstraints.boxes.fields import Refusal, checked_classes
+from medconstraints.boxes.slicer import check_schema
 
 __all__ = ["FORMATS", "Record", "read_records"]
 

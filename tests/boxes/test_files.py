@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medconstraints.data.box_files import BoxFileError, read_boxes, write_boxes
+from medconstraints.boxes.files import BoxFileError, read_boxes, write_boxes
 
 SHAPE = (20, 30, 12)
 LPS_GRID = np.array([[-2.0, 0, 0, 50], [0, -1.5, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]])  # as an ITK file lies

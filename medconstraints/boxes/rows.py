@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from medconstraints.data.box_fields import Refusal, class_number, coordinate_system, vector
-from medconstraints.data.box_geometry import (
+from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, vector
+from medconstraints.boxes.geometry import (
     SLACK_VOXELS,
     Array,
     Grid,
@@ -19,8 +19,8 @@ from medconstraints.data.box_geometry import (
     voxel_solid,
     with_thickness,
 )
-from medconstraints.data.box_records import Record
-from medconstraints.data.box_slicer import roi_class, roi_solid
+from medconstraints.boxes.records import Record
+from medconstraints.boxes.slicer import roi_class, roi_solid
 
 __all__ = ["box_row"]
 

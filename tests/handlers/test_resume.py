@@ -13,7 +13,8 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
-from medconstraints.engines import (
+from medconstraints.formulations import LogBarrierExtension
+from medconstraints.handlers import (
     EpochSeedHandler,
     ResumeHandler,
     SamplerEpochHandler,
@@ -21,7 +22,6 @@ from medconstraints.engines import (
     SaveLatestHandler,
     StepFormulationHandler,
 )
-from medconstraints.formulations import LogBarrierExtension
 
 
 class StopRunError(Exception):
@@ -263,7 +263,7 @@ def test_a_kill_while_writing_leaves_the_former_state(tmp_path, monkeypatch):
         path.write_bytes(before[: len(before) // 2])
         raise StopRunError
 
-    monkeypatch.setattr("medconstraints.engines.checkpoints.torch.save", half)
+    monkeypatch.setattr("medconstraints.handlers.resume.torch.save", half)
     with pytest.raises(StopRunError):
         Run(tmp_path, max_epochs=2)()
     monkeypatch.undo()

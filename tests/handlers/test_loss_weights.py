@@ -10,8 +10,9 @@ from monai.engines import SupervisedEvaluator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from medconstraints.engines import PrepareBatchTargets, training_handlers
-from medconstraints.engines.loss_weights import LossWeightHandler
+from medconstraints.engines import PrepareBatchTargets
+from medconstraints.handlers import training_handlers
+from medconstraints.handlers.loss_weights import LossWeightHandler
 from medconstraints.losses import CombinedLoss
 from medconstraints.schedules import AlphaSchedule
 

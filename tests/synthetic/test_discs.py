@@ -12,7 +12,7 @@ from monai.transforms import LoadImaged
 from scipy import ndimage
 
 import medconstraints.data
-from medconstraints.data.discs import main, make_disc, make_discs
+from medconstraints.synthetic.discs import main, make_disc, make_discs
 
 
 def files(folder):
@@ -188,7 +188,7 @@ def test_command_line_errors(tmp_path, capsys):
 
 def test_runs_as_a_module_without_warnings(tmp_path):
     """The package must not import the module before ``python -m`` runs it."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.data.discs", "--help"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.synthetic.discs", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--max-noise" in done.stdout

@@ -12,7 +12,7 @@ from monai.transforms import LoadImaged, Orientationd
 from scipy import ndimage
 
 import medconstraints.data
-from medconstraints.data.phantoms import ORIENTATIONS, main, make_cohort, make_phantom
+from medconstraints.synthetic.phantoms import ORIENTATIONS, main, make_cohort, make_phantom
 
 SMALL = {"shape": (24, 24, 16)}
 
@@ -325,7 +325,7 @@ def test_command_line_errors(arguments, message, tmp_path, capsys):
 
 def test_runs_as_a_module_without_warnings(tmp_path):
     """The package must not import the module before ``python -m`` runs it."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.data.phantoms", "--help"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.synthetic.phantoms", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--num-training" in done.stdout

@@ -1,7 +1,7 @@
 """Synthetic 3D cohorts as NIfTI files: the embedded data set of the demo, the tests and the studies.
 
 A phantom is a body in air with one labelled organ, a brighter distractor organ (label 0), texture, bias field and
-noise; no patient is behind it. ``python -m medconstraints.data.phantoms --output DIR`` writes a cohort.
+noise; no patient is behind it. ``python -m medconstraints.synthetic.phantoms --output DIR`` writes a cohort.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def make_cohort(
         stale.unlink()
     datalist = {
         "name": "phantoms",
-        "description": "Synthetic volumes with one organ and a distractor, made by medconstraints.data.phantoms",
+        "description": "Synthetic volumes with one organ and a distractor, made by medconstraints.synthetic.phantoms",
         "labels": {str(value): name for value, name in enumerate(LABELS[num_classes])},
         "licence": "CC0-1.0",
         "parameters": options | {"seed": seed, "shape": [*map(int, shape)], "spacing_mm": [*map(float, spacing_mm)]},
@@ -230,7 +230,9 @@ def _require(condition: Any, name: str, expected: str, value: object, advice: st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a cohort as the command line asks; wrong values end with a message and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m medconstraints.data.phantoms", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="python -m medconstraints.synthetic.phantoms", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--output", required=True, metavar="DIR", dest="output_dir")
     for name in ("num-training", "num-validation", "num-test", "seed", "num-classes"):
         parser.add_argument(f"--{name}", type=int)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from medconstraints.data.box_fields import Refusal, class_number, coordinate_system, vector
-from medconstraints.data.box_geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
+from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, vector
+from medconstraints.boxes.geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
 
 __all__ = ["check_schema", "roi_class", "roi_solid", "slicer_document"]
 

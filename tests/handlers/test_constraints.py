@@ -13,19 +13,14 @@ from monai.engines import IterationEvents, SupervisedEvaluator, SupervisedTraine
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
-from medconstraints.engines import (
-    EpochSeedHandler,
-    PrepareBatchTargets,
-    RestoreLabelHandler,
-    ResumeHandler,
-    StepFormulationHandler,
-)
-from medconstraints.engines.constraints import ConstraintMetricsHandler, DualPassHandler
-from medconstraints.engines.epoch_table import EpochTable
-from medconstraints.engines.random_state import kept_random_state
+from medconstraints.engines import PrepareBatchTargets
 from medconstraints.formulations import Lagrangian, LogBarrierExtension, QuadraticPenalty, ReLULagrangian
+from medconstraints.handlers import EpochSeedHandler, RestoreLabelHandler, ResumeHandler, StepFormulationHandler
+from medconstraints.handlers.constraint_metrics import ConstraintMetrics
+from medconstraints.handlers.constraints import ConstraintMetricsHandler, DualPassHandler
+from medconstraints.handlers.epoch_table import EpochTable
+from medconstraints.handlers.random_state import kept_random_state
 from medconstraints.losses import CombinedLoss, ConstraintLoss
-from medconstraints.metrics import ConstraintMetrics
 from medconstraints.statistics import soft_size
 
 CPU = torch.device("cpu")
@@ -279,7 +274,9 @@ def test_a_table_without_multipliers_yet():
 
 
 def test_mean_of_the_duals_over_all_processes(make_trainer, items, monkeypatch):
-    monkeypatch.setattr("medconstraints.engines.constraints.idist.all_reduce", lambda sums: sums + torch.tensor([7, 4]))
+    monkeypatch.setattr(
+        "medconstraints.handlers.constraints.idist.all_reduce", lambda sums: sums + torch.tensor([7, 4])
+    )
     loss = FakeLoss(rows_of(*[(1, 1)] * 5), LogBarrierExtension(t=2.0))
     trainer = make_trainer(items, loss_function=loss, handlers=[ConstraintMetricsHandler(loss)])
     trainer.run()
@@ -481,7 +478,7 @@ def test_a_kill_while_writing_leaves_the_former_table(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medconstraints.engines.epoch_table.os.replace", killed)
+    monkeypatch.setattr("medconstraints.handlers.epoch_table.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         table.write(2, {"a": 1.0})
     assert table.path.read_bytes() == before

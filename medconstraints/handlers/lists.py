@@ -17,15 +17,15 @@ from monai.handlers import (
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from medconstraints.engines.checkpoints import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler
-from medconstraints.engines.monitoring import (
+from medconstraints.handlers.monitors import (
     LossTermsHandler,
     RequireAnnotationHandler,
     RequireBoxesHandler,
     RequireFiniteLossHandler,
     StepFormulationHandler,
 )
-from medconstraints.engines.prepare_batch import RestoreLabelHandler
+from medconstraints.handlers.restore_label import RestoreLabelHandler
+from medconstraints.handlers.resume import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler
 
 __all__ = ["HandlerList", "training_handlers", "validation_handlers"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medconstraints.distance import lattice, on_device
+from medconstraints.distance import lattice, torch_maps
 
 __all__ = ["check_options", "signed_distance", "signed_distance_map"]
 
@@ -218,7 +218,7 @@ def _torch_maps(
     options: dict[str, Any],
 ) -> Tensor:
     axes = [number for number in range(label.dim()) if number != axis]
-    maps = [on_device.signed_map(label == number, spacing, axes, clip_mm=clip, **options) for number in classes]
+    maps = [torch_maps.signed_map(label == number, spacing, axes, clip_mm=clip, **options) for number in classes]
     return torch.stack(maps)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import LinearConstraint, minimize
 
-from medconstraints.formulations.proposals import size_proposals
+from medconstraints.losses.size_proposals import size_proposals
 
 INF = float("inf")
 FREE = (-INF, INF)

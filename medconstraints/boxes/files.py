@@ -39,11 +39,11 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
-from medconstraints.data.box_fields import Refusal, checked_classes
-from medconstraints.data.box_geometry import AffineLike, checked_grid
-from medconstraints.data.box_records import FORMATS, read_records
-from medconstraints.data.box_rows import box_row
-from medconstraints.data.box_slicer import slicer_document
+from medconstraints.boxes.fields import Refusal, checked_classes
+from medconstraints.boxes.geometry import AffineLike, checked_grid
+from medconstraints.boxes.records import FORMATS, read_records
+from medconstraints.boxes.rows import box_row
+from medconstraints.boxes.slicer import slicer_document
 
 __all__ = ["BoxFault", "BoxFileError", "read_boxes", "write_boxes"]
 

@@ -13,9 +13,9 @@ from monai.engines import IterationEvents
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from medconstraints.engines.epoch_table import EpochTable
-from medconstraints.engines.random_state import kept_random_state
-from medconstraints.metrics import ConstraintMetrics, ConstraintTotals
+from medconstraints.handlers.constraint_metrics import ConstraintMetrics, ConstraintTotals
+from medconstraints.handlers.epoch_table import EpochTable
+from medconstraints.handlers.random_state import kept_random_state
 
 __all__ = ["ConstraintMetricsHandler", "DualPassHandler"]
 

@@ -1,7 +1,7 @@
 """Toy data of the log-barrier experiments: noisy 2D images with two discs that only intensity tells apart.
 
-``python -m medconstraints.data.discs --output DIR`` writes a cohort. Size alone, or the rough place alone, does not say
-which disc is the target; the two together do (Kervadec, thesis, section 3.4.1).
+``python -m medconstraints.synthetic.discs --output DIR`` writes a cohort. Size alone, or the rough place alone, does
+not say which disc is the target; the two together do (Kervadec, thesis, section 3.4.1).
 """
 
 import argparse
@@ -131,7 +131,7 @@ def make_discs(
         stale.unlink()
     datalist = {
         "name": "discs",
-        "description": "Noisy images of two discs of one size, made by medconstraints.data.discs",
+        "description": "Noisy images of two discs of one size, made by medconstraints.synthetic.discs",
         "labels": {"0": "background", "1": "target disc"},
         "licence": "CC0-1.0",
         "parameters": options | {"seed": seed},
@@ -150,7 +150,9 @@ def _require(condition: Any, name: str, expected: str, value: object, advice: st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a cohort as the command line asks; wrong values end with a message and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m medconstraints.data.discs", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="python -m medconstraints.synthetic.discs", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--output", required=True, metavar="DIR", dest="folder")
     for name in ("num-training", "num-validation", "num-test", "size", "seed", "target", "distractor", "max-noise"):
         parser.add_argument(f"--{name}", type=int)

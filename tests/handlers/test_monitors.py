@@ -7,7 +7,8 @@ import torch
 from ignite.engine import Events
 from torch import nn
 
-from medconstraints.engines import (
+from medconstraints.formulations import LogBarrierExtension
+from medconstraints.handlers import (
     LossTermsHandler,
     RequireAnnotationHandler,
     RequireBoxesHandler,
@@ -15,7 +16,6 @@ from medconstraints.engines import (
     RestoreLabelHandler,
     StepFormulationHandler,
 )
-from medconstraints.formulations import LogBarrierExtension
 from medconstraints.losses import BoxPriorLoss, CombinedLoss
 
 
@@ -113,7 +113,7 @@ def other_process(monkeypatch):
             calls.append(op)
             return max(mine, value) if op == "MAX" else mine + value
 
-        monkeypatch.setattr("medconstraints.engines.monitoring.idist.all_reduce", all_reduce)
+        monkeypatch.setattr("medconstraints.handlers.monitors.idist.all_reduce", all_reduce)
         return calls
 
     return stand_in

@@ -12,7 +12,8 @@ from monai.handlers import ValidationHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from medconstraints.engines import (
+from medconstraints.formulations import LogBarrierExtension
+from medconstraints.handlers import (
     EpochSeedHandler,
     LossTermsHandler,
     RequireFiniteLossHandler,
@@ -24,7 +25,6 @@ from medconstraints.engines import (
     training_handlers,
     validation_handlers,
 )
-from medconstraints.formulations import LogBarrierExtension
 from medconstraints.losses import BoxPriorLoss, CombinedLoss
 
 

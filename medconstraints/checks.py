@@ -1,0 +1,94 @@
+"""Checks of arguments, each written once with its one wording: the name, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["flag", "number", "one_key", "plain", "slice_axis", "spacing", "whole_number"]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata, which does not belong to a sum over the image."""
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+def flag(name: str, value: Any) -> bool:
+    """A truth value; the text "false", as a command line passes on what it does not know, would count as true.
+
+    Raises:
+        TypeError: it is anything but True or False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; on a command line write --{name} False.")
+    return value
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """An integer of at least `least`; 2.0 is one, True is none.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or value != int(value) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}.")
+    return int(value)
+
+
+def number(name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    """A finite number, at least `least` and more than `above`.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    good = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    if not good or value < least or value <= above:
+        limit = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{name}: expected a finite number{limit}, got {value!r}.")
+    return float(value)
+
+
+def slice_axis(value: Any, dims: int = 3) -> int | None:
+    """None, or the spatial axis 0..2 of a volume that is cut into slices.
+
+    Raises:
+        ValueError: it is anything else, or an axis of what has no three spatial axes.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or value not in (0, 1, 2) or dims != 3:
+        raise ValueError(
+            f"slice_axis: expected None, or the axis 0, 1 or 2 of a volume to be cut into slices, got {value!r} for "
+            f"{dims} spatial axes; an image that is one slice needs None."
+        )
+    return int(value)
+
+
+def spacing(values: Sequence[float] | Tensor | None, dims: int) -> tuple[float, ...]:
+    """Voxel spacing in mm along each axis; None gives 1 each.
+
+    Raises:
+        ValueError: not one positive finite value for each axis.
+    """
+    if values is None:
+        return (1.0,) * dims
+    steps = tuple(float(step) for step in values)
+    if len(steps) != dims or not all(0 < step < math.inf for step in steps):
+        raise ValueError(f"spacing_mm: expected {dims} positive finite values, one per axis, got {list(steps)}.")
+    return steps
+
+
+def one_key(keys: Hashable | Iterable[Hashable]) -> Hashable:
+    """The one key of a transform that writes one target.
+
+    Raises:
+        ValueError: there are several or none.
+    """
+    names = [keys] if isinstance(keys, str) or not isinstance(keys, Iterable) else [*keys]
+    if len(names) != 1:
+        raise ValueError(f"keys: expected one key, got {names}; use one transform for each target.")
+    return names[0]

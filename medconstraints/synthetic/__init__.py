@@ -1,0 +1,6 @@
+"""Synthetic data: phantoms and the two-disc toy, as cohorts of NIfTI files."""
+
+from medconstraints.synthetic.discs import make_disc, make_discs
+from medconstraints.synthetic.phantoms import make_cohort, make_phantom
+
+__all__ = ["make_cohort", "make_disc", "make_discs", "make_phantom"]
