@@ -1,0 +1,283 @@
+"""What a run of a bundle was really told: its options are checked first, its settings are written beside its results.
+
+The command line of `monai.bundle` drops an option whose value is None, passes the words true, false and null on as
+texts, and accepts options that name nothing. An expression of a config cannot ask for the config it stands in, so the
+functions here look for MONAI's parser among their callers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.scripts import create_workflow
+
+from medconstraints.data.output_folders import check_run_dir
+
+__all__ = ["SETTINGS_FILE", "check_options", "read_settings", "run_settings", "start_run", "write_settings"]
+
+SETTINGS_FILE = "settings.json"
+SPELLING = {"true": "True", "false": "False", "none": "'$None'", "null": "'$None'"}
+# Entries of a config that do not tell what is computed.
+NOT_SETTINGS = frozenset({"_meta_", "imports", "initialize", "run", "finalize"})
+# What may change when a run goes on: where it runs and writes, how long, and how often it looks.
+FREE_TO_CHANGE = frozenset(
+    {
+        "bundle_root",
+        "cache_rate",
+        "datalist",
+        "dataset_dir",
+        "device",
+        "distributed",
+        "epochs",
+        "experiment_name",
+        "is_not_rank0",
+        "network",
+        "num_workers",
+        "output_dir",
+        "rank",
+        "run_name",
+        "save_execute_config",
+        "stage",
+        "tracking_uri",
+        "val_interval",
+        "validate",
+    }
+)
+FREE_IN_TRAIN = frozenset({"dataloader", "dataset", "handlers", "inferer", "monitors", "sampler", "trainer"})
+
+
+class _Call(NamedTuple):
+    """What stands behind a run: MONAI's parser, the config files, and the options; the last two may be unknown."""
+
+    parser: ConfigParser
+    files: list[str]
+    options: dict[str, Any] | None
+
+
+# Files and options are on the stack while a workflow is initialised, and no longer when it runs.
+_SEEN: WeakKeyDictionary[ConfigParser, tuple[list[str], dict[str, Any] | None]] = WeakKeyDictionary()
+
+
+def check_options() -> None:
+    """Refuse options that would be dropped or misread; the first step of every config's "initialize".
+
+    From then on an error of a command line ends with its reason as the last line.
+
+    Raises:
+        ValueError: an option names no setting, or its value is a text where a truth value, a number, a list or None
+            belongs. All faults are listed, each with what to write instead.
+
+    Example:
+        >>> check_options()                                                  # nothing to check outside a config
+    """
+    call = _running()
+    if call is None:
+        return
+    faults = []
+    if _from_command_line():
+        _reason_last()
+        faults = [
+            f"{word}: what follows a # is cut off before it arrives; choose a name without it"
+            for word in sys.argv[1:]
+            if "#" in word.partition("=")[2] or ("#" in word and not word.startswith(("-", "$", "@", "%")))
+        ]
+    known = ConfigParser.load_config_files(call.files)
+    given = call.options if call.options is not None else _changed(call.parser, known)
+    faults += [fault for name, value in given.items() for fault in _faults(name, value, known)]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def run_settings() -> dict[str, Any]:
+    """What must be the same when a run goes on, by the name of each entry: for `ResumeHandler`.
+
+    That is the whole config but for what decides where a run happens and how long it takes, and a fingerprint of the
+    training cases.
+    """
+    call = _running()
+    if call is None:
+        return {}
+    config = {key: value for key, value in call.parser.config.items() if key not in NOT_SETTINGS | FREE_TO_CHANGE}
+    config["train"] = {key: value for key, value in config.get("train", {}).items() if key not in FREE_IN_TRAIN}
+    settings = {name: _resolved(call.parser, name, value) for name, value in _leaves(config)}
+    datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
+    if isinstance(datalist, str) and Path(datalist).is_file():
+        cases = json.loads(Path(datalist).read_text(encoding="utf-8")).get("training")
+        settings["training cases of the datalist"] = sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest()[:16]
+    return settings
+
+
+def start_run(output_dir: str | Path) -> None:
+    """Before a training: refuse a folder whose weights it would replace, and write `settings.json` there.
+
+    Raises:
+        FileExistsError: see `check_run_dir`.
+        PermissionError: the folder cannot be made or written to.
+    """
+    write_settings(check_run_dir(output_dir))
+
+
+def write_settings(folder: str | Path, weights: str | Path | None = None) -> None:
+    """Write the resolved settings of the run that calls it to `settings.json`.
+
+    Keys: "bundle", "config_files", "options" as they were given, "settings", the values of all plain entries of the
+    config, and "training", the same of the run that made the weights, where a file beside them tells.
+
+    Args:
+        folder: of the run's results.
+        weights: file of weights that the run reads.
+    """
+    call = _running()
+    if call is None or os.environ.get("RANK", "0") != "0":
+        return
+    plain = {key: _resolved(call.parser, key, value) for key, value in call.parser.config.items()}
+    content: dict[str, Any] = {
+        "bundle": call.parser.config.get("_meta_", {}).get("name"),
+        "config_files": [Path(file).name for file in call.files],
+        "options": call.options,
+        "settings": {key: value for key, value in plain.items() if key not in NOT_SETTINGS and _is_plain(value)},
+    }
+    if weights is not None and (found := read_settings(Path(weights).parent)):
+        content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
+    target = Path(folder) / SETTINGS_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def read_settings(folder: str | Path) -> dict[str, Any] | None:
+    """What `write_settings` wrote into a folder, or None if there is nothing."""
+    file = Path(folder) / SETTINGS_FILE
+    content: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return content
+
+
+def _running() -> _Call | None:
+    """The run on whose behalf an expression of a config is evaluated."""
+    parser: ConfigParser | None = None
+    folder, files, options = None, None, None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigParser):
+            parser = owner
+        elif isinstance(owner, ConfigWorkflow):
+            folder = owner.config_root_path
+        elif frame.f_code is create_workflow.__code__:
+            files, options = frame.f_locals["config_file"], _options(frame.f_locals)
+        frame = frame.f_back
+    if parser is None:
+        return None
+    if parser in _SEEN:
+        return _Call(parser, *_SEEN[parser])
+    if files is None:
+        # A workflow that was made without `monai.bundle run`: any config of its folder may be part of it.
+        files = sorted(map(str, Path(folder).glob("*.json"))) if folder is not None else []
+        files = [file for file in files if Path(file).name != "metadata.json"]
+    _SEEN[parser] = [files] if isinstance(files, str) else list(files), options
+    return _Call(parser, *_SEEN[parser])
+
+
+def _options(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they were given; MONAI has dropped those that are None from what it merged."""
+    dropped = {name: value for name, value in local["kwargs"].items() if value is None}
+    own = inspect.signature(ConfigWorkflow).parameters
+    return {name: value for name, value in {**local["_args"], **dropped}.items() if name not in own}
+
+
+def _changed(parser: ConfigParser, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of the config that are in none of its files, or are texts."""
+    return {
+        name: value
+        for name, value in parser.config.items()
+        if name not in NOT_SETTINGS | FREE_TO_CHANGE and (name not in known or isinstance(value, str))
+    }
+
+
+def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    *path, last = name.replace("::", "#").split("#")
+    place: Any = known
+    for step in path:
+        place = place[int(step)] if isinstance(place, list) and step.isdigit() else place
+        place = place.get(step) if isinstance(place, dict) else place
+    inside = last in place if isinstance(place, dict) else isinstance(place, list) and last.isdigit()
+    if not inside and not (path and isinstance(place, dict) and "_target_" in place):
+        near = difflib.get_close_matches(last, list(place) if isinstance(place, dict) else known, n=1)
+        yield f"--{name}: names no setting{f'; did you mean --{near[0]}?' if near else ''}"
+        return
+    default = place.get(last) if isinstance(place, dict) else place[int(last)]
+    if value is None:
+        yield f"--{name} None: is dropped by MONAI before it arrives; write --{name} {SPELLING['none']}"
+    elif not isinstance(value, str):
+        if isinstance(default, bool) is not isinstance(value, bool) and isinstance(default, bool | int | float):
+            yield f"--{name}: expected {_kind(default)}, got {value!r}"
+    elif value.startswith(("$", "@", "%")):
+        return
+    elif value.lower() in SPELLING:
+        yield f"--{name} {value}: is passed on as a text; write --{name} {SPELLING[value.lower()]}"
+    elif isinstance(default, bool | int | float | list):
+        yield f"--{name}: expected {_kind(default)}, got the text {value!r}"
+    elif "#" in value or "::" in value:  # MONAI makes the one of the other
+        yield f"--{name}: a # in {value!r} would be taken for a separator; choose a name without it"
+
+
+def _kind(default: Any) -> str:
+    if isinstance(default, bool):
+        return "True or False"
+    return 'a list such as "[1, 2]"' if isinstance(default, list) else "a number"
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}#{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:
+    """Plain values as they are, and expressions that only put other entries together, such as paths."""
+    if isinstance(value, str) and value.startswith(("$", "@")) and "(" not in value and "lambda" not in value:
+        try:
+            found = parser.get_parsed_content(name)
+        except (KeyError, ValueError, RuntimeError):
+            return value
+        return found if _is_plain(found) else value
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" not in value and all(_is_plain(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _from_command_line() -> bool:
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return main is not None and main.name.startswith("monai.bundle")
+
+
+def _reason_last() -> None:
+    """MONAI's last line is general; the reason stands somewhere in a hundred lines above it."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
+
+    sys.excepthook = show

@@ -1,0 +1,160 @@
+"""What a run was told: options that would be misread stop it, and its settings stand beside its results."""
+
+import json
+
+import pytest
+from monai.bundle import ConfigWorkflow, run
+
+from medconstraints.data import MissingData, cohort_items, read_settings, run_settings, write_settings
+
+CONFIG = {
+    "imports": ["$import medconstraints.data as data"],
+    "bundle_root": ".",
+    "dataset_dir": "$@bundle_root + '/data'",
+    "datalist": "$@dataset_dir + '/datalist.json'",
+    "output_dir": "$@bundle_root + '/output'",
+    "alpha": 0.5,
+    "overwrite": False,
+    "slice_axis": 1,
+    "classes": None,
+    "patch_size": [8, 8],
+    "schedule": "rebalance",
+    "optimizer": {"_target_": "torch.optim.Adam", "lr": "@alpha"},
+    "train": {"handlers": {"free": 1}, "random_transforms": ["flip"]},
+    "compared": "$data.run_settings()",
+    "initialize": ["$data.check_options()"],
+    "run": ["$data.start_run(@output_dir)"],
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "bundle" / "configs" / "train.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(CONFIG))
+    return file
+
+
+def told(config_file, tmp_path, **options):
+    """The settings a run writes."""
+    run(config_file=str(config_file), logging_file=False, **{"output_dir": str(tmp_path / "run"), **options})
+    return read_settings(tmp_path / "run")["settings"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("alpha", 2, 2),
+        ("overwrite", True, True),
+        ("slice_axis", "$None", None),
+        ("classes", {"organ": 1}, {"organ": 1}),
+        ("classes", "some_file.json", "some_file.json"),
+        ("patch_size", [4, 4], [4, 4]),
+        ("patch_size", "$[4, 4]", [4, 4]),
+        ("schedule", "constant", "constant"),
+    ],
+)
+def test_an_option_arrives_as_it_was_meant(config_file, tmp_path, option, value, expected):
+    found = told(config_file, tmp_path, **{option: value})
+    assert found[option] == expected
+    assert found["output_dir"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("option", ["optimizer#lr", "optimizer#betas", "train#random_transforms#0"])
+def test_entries_of_components_and_lists_can_be_set(config_file, tmp_path, option):
+    told(config_file, tmp_path, **{option: 0.25})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("alpah", 1.0, ["--alpah", "no setting", "--alpha"]),
+        ("train#random_transform", [], ["no setting", "--random_transforms"]),
+        ("slice_axis", None, ["--slice_axis None", "dropped", "'$None'"]),
+        ("slice_axis", "null", ["--slice_axis null", "'$None'"]),
+        ("slice_axis", "none", ["'$None'"]),
+        ("overwrite", "false", ["--overwrite false", "--overwrite False"]),
+        ("overwrite", "true", ["--overwrite True"]),
+        ("overwrite", 1, ["True or False", "1"]),
+        ("classes", "null", ["'$None'"]),
+        ("alpha", "0,5", ["a number", "'0,5'"]),
+        ("alpha", True, ["a number", "True"]),
+        ("patch_size", "8x8", ["a list", "'8x8'"]),
+        ("schedule", "False", ["--schedule False"]),
+        ("output_dir", "runs/a::b", ["separator"]),
+    ],
+)
+def test_an_option_that_would_be_misread_stops_the_run(config_file, tmp_path, option, value, words):
+    with pytest.raises(RuntimeError) as caught:
+        told(config_file, tmp_path, **{option: value})
+    message = str(caught.value.__cause__)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert all(word in message for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_told_at_once(config_file, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        told(config_file, tmp_path, alpha="x", overwrite="true")
+    assert "--alpha" in str(caught.value.__cause__)
+    assert "--overwrite" in str(caught.value.__cause__)
+
+
+def test_a_workflow_made_in_python_is_checked_too(config_file, tmp_path):
+    options = {"output_dir": str(tmp_path / "run"), "slice_axis": None}  # None arrives here
+    workflow = ConfigWorkflow(str(config_file), logging_file=False, **options)
+    workflow.initialize()
+    workflow.run()
+    assert read_settings(tmp_path / "run")["settings"]["slice_axis"] is None
+    for wrong in ({"alpah": 1.0}, {"overwrite": "false"}):
+        with pytest.raises(RuntimeError) as caught:
+            ConfigWorkflow(str(config_file), logging_file=False, **options, **wrong).initialize()
+        assert next(iter(wrong)) in str(caught.value.__cause__)
+
+
+def compared(config_file, **options):
+    workflow = ConfigWorkflow(str(config_file), logging_file=False, **options)
+    workflow.initialize()
+    return workflow.parser.get_parsed_content("compared")
+
+
+def test_settings_of_a_run_that_goes_on(config_file, tmp_path):
+    cases = tmp_path / "datalist.json"
+    cases.write_text(json.dumps({"training": [{"image": "a.nii"}], "validation": []}))
+    base = compared(config_file, datalist=str(cases))
+    same = {"output_dir": "elsewhere", "epochs": 100, "train#handlers#free": 2, "bundle_root": "moved"}
+    assert compared(config_file, datalist=str(cases), **same) == base
+    for option in ("alpha", "slice_axis", "optimizer#lr", "train#random_transforms"):
+        changed = compared(config_file, datalist=str(cases), **{option: 7})
+        assert {name for name in base if changed.get(name) != base[name]} >= {option}
+    cases.write_text(json.dumps({"training": [{"image": "b.nii"}]}))
+    changed = compared(config_file, datalist=str(cases))
+    assert [name for name in base if changed[name] != base[name]] == ["training cases of the datalist"]
+
+
+def test_settings_carry_those_of_the_training(config_file, tmp_path):
+    told(config_file, tmp_path, alpha=0.75)
+    config = {
+        **CONFIG,
+        "initialize": [],
+        "run": ["$data.write_settings(@output_dir, @output_dir + '/../run/model.pt')"],
+    }
+    config_file.write_text(json.dumps(config))
+    run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "masks"))
+    found = read_settings(tmp_path / "masks")
+    assert found["settings"]["alpha"] == 0.5
+    assert found["training"]["settings"]["alpha"] == 0.75
+
+
+def test_outside_of_a_run_there_is_nothing_to_tell(tmp_path):
+    assert run_settings() == {}
+    write_settings(tmp_path)
+    assert read_settings(tmp_path) is None
+
+
+def test_cases_that_are_not_there(tmp_path):
+    items = cohort_items(tmp_path / "datalist.json", "training")
+    assert isinstance(items, MissingData)
+    assert len(items) == 1
+    with pytest.raises(FileNotFoundError, match="datalist"):
+        items[0]
