@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["flag", "number", "one_key", "plain", "slice_axis", "spacing", "whole_number"]
+__all__ = ["bounds", "flag", "number", "one_key", "plain", "slice_axis", "spacing", "whole_number"]
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -92,3 +92,40 @@ def one_key(keys: Hashable | Iterable[Hashable]) -> Hashable:
     if len(names) != 1:
         raise ValueError(f"keys: expected one key, got {names}; use one transform for each target.")
     return names[0]
+
+
+def bounds(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bounds (B, C, M, 2) with lower <= upper and no NaN, for values of this shape (B, C, M).
+
+    Looked at where the host has them; on another device, where that would make it wait, a wrong pair becomes NaN.
+
+    Raises:
+        ValueError: another shape (the message says which axis), or, on the CPU, wrong values.
+    """
+    expected = (*shape, 2)
+    if values.dim() != len(expected):
+        raise ValueError(
+            f"target: expected bounds of shape {expected}, (samples, classes, components, 2), got "
+            f"{tuple(values.shape)} with {values.dim()} axes."
+        )
+    for axis, (size, given) in enumerate(zip(expected, values.shape, strict=True)):
+        if size != given:
+            counted = ("samples", "classes, background included", "components of the statistic", "lower and upper")
+            raise ValueError(
+                f"target: axis {axis} of the bounds counts {counted[axis]}: expected {size}, got {given} (shape "
+                f"{tuple(values.shape)}, expected {expected})."
+            )
+    if not values.is_floating_point():
+        values = values.float()
+    lower, upper = values.unbind(-1)
+    good = (lower <= upper) & (lower < math.inf) & (upper > -math.inf)
+    if values.device.type != "cpu":
+        return values.masked_fill(~good.unsqueeze(-1), math.nan)
+    if not bool(good.all()):
+        where = tuple((~good).nonzero()[0].tolist())
+        raise ValueError(
+            f"target: expected lower <= upper, -inf <= lower < inf and -inf < upper <= inf, got {float(lower[where])} "
+            f"and {float(upper[where])} at (sample, class, component) {where}; a bound that is not known is -inf or "
+            "inf, never NaN."
+        )
+    return values

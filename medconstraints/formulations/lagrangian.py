@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from medconstraints.formulations.base import Formulation
 
 __all__ = ["AugmentedLagrangian", "Lagrangian", "ReLULagrangian"]
 
 
-class _DualVariables(nn.Module):
+class _DualVariables(Formulation):
     """What the Lagrangians share: a table of multipliers, and the residuals seen since the last dual step.
 
     The table is a buffer, so checkpoints resume exactly; its width, the constraints of one sample, is known only at the
@@ -21,6 +23,7 @@ class _DualVariables(nn.Module):
 
     multipliers: Tensor
     needs_index = True
+    has_multipliers = True
 
     def __init__(self, rows: int, learning_rate: float, max_multiplier: float | None, initial: float) -> None:
         super().__init__()
@@ -35,12 +38,22 @@ class _DualVariables(nn.Module):
         self.max_multiplier = max_multiplier
         self.initial = float(initial)
         self.register_buffer("multipliers", torch.zeros(rows, 0))
-        self.reset()
+        self.forget()
 
-    def reset(self) -> None:
+    def forget(self) -> None:
         """Forget the residuals seen since the last step."""
         self._sum: Tensor | None = None
         self._visits: Tensor | None = None
+
+    def reset(self) -> None:
+        """Former name of `forget`."""
+        self.forget()
+
+    def report(self) -> dict[str, Tensor]:
+        """Mean and largest multiplier of the table, of this process; nothing before the first residual."""
+        if not self.multipliers.numel():
+            return {}
+        return {"multiplier_mean": self.multipliers.mean(), "multiplier_max": self.multipliers.max()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         saved = state_dict.get(prefix + "multipliers")
@@ -110,7 +123,7 @@ class _DualVariables(nn.Module):
         """Sums and visits since the last step, over all processes; a process that saw nothing adds zeros."""
         total = torch.zeros_like(self.multipliers) if self._sum is None else self._sum.float()
         visits = self.multipliers.new_zeros(self.rows, 1) if self._visits is None else self._visits.float()
-        self.reset()
+        self.forget()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             dist.all_reduce(visits)
@@ -208,7 +221,7 @@ class ReLULagrangian(_DualVariables):
     def __init__(self, *, learning_rate: float, max_multiplier: float | None = None, initial: float = 0.0) -> None:
         super().__init__(1, learning_rate, max_multiplier, initial)
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Cost of each residual (B, ...), same shape, at least float32.
 
         Raises:
@@ -218,7 +231,7 @@ class ReLULagrangian(_DualVariables):
         self._observe(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
         return (self.multipliers.to(flat) * flat).view(residual.shape)
 
-    def dual(self, residual: Tensor) -> Tensor:
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Multiplier of each violated constraint, 0 for the others, same shape, no gradient."""
         with torch.no_grad():
             flat = self._flat(residual)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["LogBarrierExtension"]
 
@@ -13,7 +15,7 @@ __all__ = ["LogBarrierExtension"]
 _LARGEST_T = 1e20
 
 
-class LogBarrierExtension(nn.Module):
+class LogBarrierExtension(Formulation):
     """Log-barrier extension psi_t (Kervadec 2020, eq. 3.9 and 6.5).
 
     psi_t(z) = -log(-z) / t                   for z <= -1 / t^2,
@@ -50,7 +52,7 @@ class LogBarrierExtension(nn.Module):
         self.max_t = _LARGEST_T if max_t is None else min(max_t, _LARGEST_T)
         self.register_buffer("t", torch.tensor(float(t)))
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Cost of each residual, same shape, computed in at least float32."""
         residual, t, threshold = self._prepared(residual)
         # Both branches of `where` are differentiated: the argument of the logarithm must be negative in either.
@@ -58,7 +60,7 @@ class LogBarrierExtension(nn.Module):
         line = t * residual + (2 * torch.log(t) + 1) / t
         return torch.where(residual <= threshold, barrier, line)
 
-    def dual(self, residual: Tensor) -> Tensor:
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Implicit dual variable psi_t'(z) of each constraint (eq. 3.10), same shape, no gradient."""
         with torch.no_grad():
             residual, t, threshold = self._prepared(residual)
@@ -75,14 +77,17 @@ class LogBarrierExtension(nn.Module):
 
     def _prepared(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residual in at least float32, t in its type, and -1 / t^2, which must not be rounded to 0."""
-        if residual.dtype in (torch.float16, torch.bfloat16):
-            residual = residual.float()
+        residual = at_least_float32(residual)
         t = self.t.to(residual)  # type and device
         return residual, t, -t.reciprocal().square().clamp(min=torch.finfo(residual.dtype).tiny)
 
     def step(self) -> None:
         """Raise the barrier: `t <- min(t * factor, max_t)`; call it once after each epoch."""
         self.t.mul_(self.factor).clamp_(max=self.max_t)
+
+    def report(self) -> dict[str, Tensor]:
+        """The sharpness "t"."""
+        return {"t": self.t}
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""

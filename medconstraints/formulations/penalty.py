@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["QuadraticPenalty"]
 
 
-class QuadraticPenalty(nn.Module):
+class QuadraticPenalty(Formulation):
     """Cost `max(residual, 0)^2`: nothing while satisfied, quadratic in the violation (Kervadec 2020, eq. 2.3).
 
     Input and output have one shape; the output's unit is the square of the residual's. Half precision is raised to
@@ -20,18 +21,10 @@ class QuadraticPenalty(nn.Module):
         [0.0, 0.0, 4.0]
     """
 
-    def forward(self, residual: Tensor) -> Tensor:
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Cost of each residual; see the class."""
-        if residual.dtype in (torch.float16, torch.bfloat16):
-            residual = residual.float()
-        return residual.clamp(min=0).square()
+        return at_least_float32(residual).clamp(min=0).square()
 
-    def dual(self, residual: Tensor) -> Tensor:
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Slope 2 max(z, 0) of each cost, which stands where a multiplier would; same shape, no gradient."""
-        with torch.no_grad():
-            return 2 * (residual.float() if residual.dtype in (torch.float16, torch.bfloat16) else residual).clamp(
-                min=0
-            )
-
-    def step(self) -> None:
-        """No schedule: present so that every formulation can be stepped after an epoch."""
+        return 2 * at_least_float32(residual.detach()).clamp(min=0)

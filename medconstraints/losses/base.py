@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from monai.utils import LossReduction
@@ -11,8 +13,9 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from medconstraints.checks import plain
+from medconstraints.formulations.base import Formulation
 
-__all__ = ["Probabilities", "ProbabilityLoss", "TargetLoss"]
+__all__ = ["ConstrainedLoss", "Probabilities", "ProbabilityLoss", "Residuals", "TargetLoss"]
 
 
 class TargetLoss(_Loss):
@@ -25,17 +28,26 @@ class TargetLoss(_Loss):
     Attributes:
         target_keys: entries that must be there, the main one first.
         optional_keys: entries that are used if they are there.
-        host_keys: those of both that stay on the CPU, where their values are checked without a wait for a device.
+        named_keys: entries that are used only if `CombinedLoss(keys=...)` names them, or a mapping has them.
+        host_keys: those of all that stay on the CPU, where their values are checked without a wait for a device.
         reads_meta: whether a target keeps its meta data (affine).
     """
 
     target_keys: tuple[str, ...] = ("label",)
     optional_keys: tuple[str, ...] = ()
+    named_keys: tuple[str, ...] = ()
     host_keys: frozenset[str] = frozenset()
     reads_meta: bool = False
 
     def __init__(self, *, reduction: str = "mean") -> None:
         super().__init__(reduction=LossReduction(reduction).value)
+
+    def terms(self) -> dict[str, Tensor]:
+        """Parts of the last forward pass worth a line in the log, 0-dim tensors on its device by name."""
+        return {}
+
+    def left_out(self) -> None:
+        """Called in place of the loss in a batch that it has no part in: what it remembers of the last one is gone."""
 
     def reduced(self, cost: Tensor) -> Tensor:
         """Mean, sum, or the cost itself for "none"."""
@@ -193,6 +205,44 @@ class ProbabilityLoss(TargetLoss):
                 f"classes: expected channel numbers below {count}, the channels of input, got {self.classes}."
             )
         return self.classes
+
+
+class Residuals(NamedTuple):
+    """The constraints of a batch.
+
+    Attributes:
+        residual: lower - f and f - upper in the unit of the loss, <= 0 when satisfied; axis 0 counts the samples.
+        free: bool, of the same shape, where a bound is infinite; the residual is 0 there.
+        index: numbers of the samples in the data set, (B,), or None.
+    """
+
+    residual: Tensor
+    free: Tensor
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+class ConstrainedLoss(ProbabilityLoss, ABC):
+    """Base of losses whose cost is a formulation of constraints: what handlers measure and log.
+
+    Attributes:
+        formulation: turns residuals into the cost.
+        per_class: whether the rows of a residual are classes, `classes` or all less the background; else relations.
+        last: constraints of the last forward pass, detached; None if the loss had no part in the last batch.
+    """
+
+    formulation: Formulation
+    per_class: bool = True
+    last: Residuals | None = None
+
+    @abstractmethod
+    def residual(
+        self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
+    ) -> Residuals:
+        """Constraints of a batch alone, with the gradient; nothing observes them. Arguments as for `forward`."""
+
+    def left_out(self) -> None:
+        """No constraint was computed in this batch."""
+        self.last = None
 
 
 def select_channels(values: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A weighted sum of losses that each take their own target."""
+"""A weighted sum of losses that each take their own entries of the target."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
+from medconstraints.checks import plain
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.old_base import plain, shared_softmax
+from medconstraints.formulations.base import Formulation
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, TargetLoss
 
 __all__ = ["CombinedLoss"]
 
 
-class CombinedLoss(_Loss):
-    """Weighted sum of named losses; each gets the network's output and its own entry of the target.
+class CombinedLoss(TargetLoss):
+    """Weighted sum of named losses; each gets the network's output and the entries of the target that it reads.
 
-    Losses of this package with `softmax=True` share one softmax.
+    A loss of this package says itself which entries these are (`target_keys`, `optional_keys`); another one, such as
+    MONAI's, reads "label". `keys` renames them. Losses with the same activation share their probabilities.
 
     Args:
         losses: name -> loss, a module `(input, target) -> scalar`.
-        keys: name -> key of its target in the target dictionary; a name that is left out uses its own name as key. Or
-            name -> {part: key} for a loss that takes several targets, such as
-            {"bounds": "size_bounds", "index": "index"} for `ConstraintLoss`.
+        keys: name -> {entry, as the loss calls it: key in the target}, for entries with another key; also for those
+            that a loss reads only when they are named, such as "spacing_mm" of a statistic. A loss that is none of this
+            package gets a mapping of the named entries, or its one tensor if "label" alone is named.
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
         skip_unweighted: leave out losses while their weight is 0, and the time they take; they then have no part in
-            `terms()`, and what they observe (a Lagrangian its residuals) is not updated.
+            `terms()`, their `last` is None, and what they observe (a Lagrangian its residuals) is not updated.
+
+    Attributes:
+        batch_keys: all entries that the losses read, required or optional: what a bundle keeps of an item.
 
     Raises:
         TypeError: `losses` is not a mapping to modules.
-        ValueError: no loss, a name in `keys` or `weights` that is no loss, or a weight that is not finite.
+        ValueError: no loss, a name in `keys` or `weights` that is no loss, an entry that its loss does not read, a
+            weight that is not finite, or a formulation with multipliers that two losses share.
 
     Example:
-        >>> loss = CombinedLoss({"ce": nn.CrossEntropyLoss(), "again": nn.CrossEntropyLoss()},
-        ...                     keys={"ce": "label", "again": "label"}, weights={"again": 0.0})
-        >>> round(float(loss(torch.zeros(1, 2, 4), {"label": torch.zeros(1, 4, dtype=torch.long)})), 4)
+        >>> loss = CombinedLoss({"ce": nn.CrossEntropyLoss(), "other": nn.CrossEntropyLoss()},
+        ...                     keys={"other": {"label": "second"}}, weights={"other": 0.0})
+        >>> loss.target_keys
+        ('label', 'second')
+        >>> label = torch.zeros(1, 4, dtype=torch.long)
+        >>> round(float(loss(torch.zeros(1, 2, 4), {"label": label, "second": label})), 4)
         0.6931
     """
 
@@ -46,7 +55,7 @@ class CombinedLoss(_Loss):
         self,
         losses: Mapping[str, nn.Module],
         *,
-        keys: Mapping[str, str | Mapping[str, str]] | None = None,
+        keys: Mapping[str, Mapping[str, str]] | None = None,
         weights: Mapping[str, float] | None = None,
         skip_unweighted: bool = False,
     ) -> None:
@@ -55,17 +64,20 @@ class CombinedLoss(_Loss):
             raise TypeError("losses: expected a mapping from names to loss modules.")
         if not losses:
             raise ValueError("losses: expected at least one loss, got none.")
-        for argument, given in (("keys", keys or {}), ("weights", weights or {})):
+        keys, weights = keys or {}, weights or {}
+        for argument, given in (("keys", keys), ("weights", weights)):
             unknown = sorted(set(given) - set(losses))
             if unknown:
                 raise ValueError(f"{argument}: {unknown} name no loss; the losses are {sorted(losses)}.")
+        _check_multipliers(losses)
         self.losses = nn.ModuleDict(dict(losses))
-        self.keys = {name: (keys or {}).get(name, name) for name in losses}
-        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in losses}
+        self.entries = {name: _entries(name, loss, keys.get(name, {})) for name, loss in losses.items()}
+        self.weights = {name: float(weights.get(name, 1.0)) for name in losses}
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"weights: expected finite numbers, got {weight} for {name!r}.")
         self.skip_unweighted = skip_unweighted
+        self._declare()
         self._last: dict[str, Tensor] = {}
 
     def forward(self, input: Tensor, target: Mapping[str, Tensor] | Tensor) -> Tensor:
@@ -79,17 +91,24 @@ class CombinedLoss(_Loss):
             KeyError: a target is missing; the message lists what is there.
             ValueError: a distance map was resampled.
         """
-        total: Tensor | None = None
+        input, total = plain(input), None
         self._last = {}
-        input = plain(input)
-        with shared_softmax(input):
-            for name, loss in self.losses.items():
-                if self.skip_unweighted and self.weights[name] == 0:
-                    continue
-                own = target if isinstance(target, Tensor) else self._target(target, name)
-                value = self.weights[name] * plain(loss(input, own))
-                self._last[name] = value.detach()
-                total = value if total is None else total + value
+        shared: dict[Any, Probabilities] = {}
+        for name, loss in self.losses.items():
+            if self.skip_unweighted and self.weights[name] == 0:
+                if isinstance(loss, TargetLoss):
+                    loss.left_out()
+                continue
+            own = target if isinstance(target, Tensor) else self._target(target, name)
+            if isinstance(loss, ProbabilityLoss):
+                if loss.activation not in shared:
+                    shared[loss.activation] = loss.probabilities(input)
+                value = loss(input, own, probabilities=shared[loss.activation])
+            else:
+                value = loss(input, own)
+            value = self.weights[name] * plain(value)
+            self._last[name] = value.detach()
+            total = value if total is None else total + value
         # All weights are 0: a sum that can be differentiated all the same.
         return input.sum() * 0.0 if total is None else total
 
@@ -97,25 +116,81 @@ class CombinedLoss(_Loss):
         """Weighted value of each loss in the last forward pass, and `name_term`, unweighted, for one with terms."""
         terms = dict(self._last)
         for name, loss in self.losses.items():
-            own: Any = getattr(loss, "terms", None)
-            if own is not None and name in self._last:
-                terms.update({f"{name}_{key}": value for key, value in own().items()})
+            if isinstance(loss, TargetLoss) and name in self._last:
+                terms.update({f"{name}_{key}": value for key, value in loss.terms().items()})
         return terms
 
-    def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor | dict[str, Tensor]:
-        key = self.keys[name]
-        if isinstance(key, Mapping):
-            return {part: self._entry(target, other, name) for part, other in key.items()}
-        return self._entry(target, key, name)
+    def left_out(self) -> None:
+        """None of the losses was computed in this batch."""
+        self._last = {}
+        for loss in self.losses.values():
+            if isinstance(loss, TargetLoss):
+                loss.left_out()
 
-    def _entry(self, target: Mapping[str, Tensor], key: str, name: str) -> Tensor:
-        if key not in target:
-            raise KeyError(
-                f"target: no entry {key!r} for the loss {name!r}, got {sorted(map(str, target))}; add the transform "
-                "that makes it and name it in PrepareBatchTargets(target_keys=...)."
-            )
-        value: Any = target[key]
-        if not isinstance(value, Tensor):
-            return torch.as_tensor(value)
-        check_not_resampled(value, key)
-        return value if getattr(self.losses[name], "reads_meta", False) else plain(value)
+    def _declare(self) -> None:
+        """The entries that all losses read together, as a loss says them."""
+        required: dict[str, None] = {}
+        optional: dict[str, None] = {}
+        host: set[str] = set()
+        device: set[str] = set()
+        for name, loss in self.losses.items():
+            for entry, key in self.entries[name].items():
+                declared = isinstance(loss, TargetLoss)
+                if declared and entry in loss.optional_keys:
+                    optional[key] = None
+                else:
+                    required[key] = None
+                (host if declared and entry in loss.host_keys else device).add(key)
+        self.target_keys = tuple(required)
+        self.optional_keys = tuple(key for key in optional if key not in required)
+        self.host_keys = frozenset(host - device)
+        self.batch_keys = self.target_keys + self.optional_keys
+
+    def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor | dict[str, Tensor]:
+        loss, entries = self.losses[name], self.entries[name]
+        declared = isinstance(loss, TargetLoss)
+        found = {}
+        for entry, key in entries.items():
+            if key in target:
+                found[entry] = _value(target[key], key, keep_meta=declared and loss.reads_meta)
+            elif not (declared and entry in loss.optional_keys):
+                raise KeyError(
+                    f"target: no entry {key!r} for the loss {name!r}, got {sorted(map(str, target))}; add the "
+                    "transform that makes it, and let PrepareBatchTargets take its keys from this loss."
+                )
+        only = tuple(entries) == (loss.target_keys if declared else ("label",)) and len(entries) == 1
+        return next(iter(found.values())) if only else found
+
+
+def _entries(name: str, loss: nn.Module, renamed: Mapping[str, str]) -> dict[str, str]:
+    """Entry, as the loss calls it -> key in the target."""
+    if isinstance(renamed, str):  # until every config names entries
+        renamed = {loss.target_keys[0] if isinstance(loss, TargetLoss) else "label": renamed}
+    if not isinstance(loss, TargetLoss):
+        return dict(renamed) or {"label": "label"}
+    own = (*loss.target_keys, *loss.optional_keys)
+    unknown = sorted(set(renamed) - {*own, *loss.named_keys})
+    if unknown:
+        raise ValueError(
+            f"keys: {unknown} name no entry that the loss {name!r} reads; these are {[*own, *loss.named_keys]}."
+        )
+    return {entry: entry for entry in own} | dict(renamed)
+
+
+def _value(value: Any, key: str, *, keep_meta: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value)
+    check_not_resampled(value, key)
+    return value if keep_meta else plain(value)
+
+
+def _check_multipliers(losses: Mapping[str, nn.Module]) -> None:
+    """A multiplier belongs to one constraint of one loss."""
+    owners: dict[Formulation, str] = {}
+    for name, loss in losses.items():
+        for module in loss.modules():
+            if isinstance(module, Formulation) and module.has_multipliers and owners.setdefault(module, name) != name:
+                raise ValueError(
+                    f"losses: {owners[module]!r} and {name!r} share one {type(module).__name__}, whose multipliers "
+                    "belong to the constraints of one loss; give each its own, such as copy.deepcopy(formulation)."
+                )

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from monai.utils import LossReduction
 from torch import Tensor
-from torch.nn.modules.loss import _Loss
 
+from medconstraints.losses.base import TargetLoss
 from medconstraints.statistics.arguments import plain
 
 __all__ = ["ProbabilityLoss", "plain", "shared_softmax", "softmax_is_shared"]
@@ -36,7 +35,7 @@ def softmax_is_shared(input: Tensor) -> bool:
     return shared is not None and shared[0] is input
 
 
-class ProbabilityLoss(_Loss):
+class ProbabilityLoss(TargetLoss):
     """Base of losses on class probabilities; MONAI's argument names.
 
     Args:
@@ -50,10 +49,19 @@ class ProbabilityLoss(_Loss):
             unknown reduction.
     """
 
+    # Until each of them says it itself.
+    def __init_subclass__(cls) -> None:
+        if cls.__name__ == "BoxPriorLoss":
+            cls.target_keys = ("boxes",)
+        if cls.__name__ == "BoundaryLoss":
+            cls.target_keys = ("distance_map",)
+        if cls.__name__ == "HausdorffLoss":
+            cls.named_keys = ("distance_map", "spacing_mm")
+
     def __init__(
         self, *, sigmoid: bool = False, softmax: bool = False, logit_scale: float = 1.0, reduction: str = "mean"
     ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
+        super().__init__(reduction=reduction)
         if sigmoid and softmax:
             raise ValueError("sigmoid, softmax: expected at most one of them to be True, got both; choose one.")
         if not (math.isfinite(logit_scale) and logit_scale > 0) or (logit_scale != 1 and not (sigmoid or softmax)):

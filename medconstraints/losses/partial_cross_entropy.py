@@ -10,7 +10,7 @@ from monai.utils import LossReduction
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from medconstraints.losses.old_base import plain
+from medconstraints.checks import plain
 
 __all__ = ["PartialCrossEntropyLoss"]
 

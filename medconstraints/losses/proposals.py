@@ -51,6 +51,9 @@ class ProposalLoss(ProbabilityLoss):
         0.5493
     """
 
+    target_keys = ("bounds",)
+    optional_keys = ("weak_label",)
+
     def __init__(
         self,
         *,

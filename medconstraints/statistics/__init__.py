@@ -1,5 +1,6 @@
 """Differentiable statistics of probability maps: pure functions `probs (B, C, *S) -> (B, C, M)`."""
 
+from medconstraints.statistics.arguments import is_relation, relation
 from medconstraints.statistics.box_plan import BoxPlan, plan_boxes
 from medconstraints.statistics.boxes import box_sums, inside_mask
 from medconstraints.statistics.intensity import soft_mean_intensity
@@ -11,7 +12,9 @@ __all__ = [
     "BoxPlan",
     "box_sums",
     "inside_mask",
+    "is_relation",
     "plan_boxes",
+    "relation",
     "soft_centroid",
     "soft_centroid_offset",
     "soft_fraction",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["channels", "checked_probs", "chosen_pairs", "plain", "relation", "spacing_rows"]
+__all__ = ["channels", "checked_probs", "chosen_pairs", "is_relation", "plain", "relation", "spacing_rows"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -78,8 +79,17 @@ def channels(tensor: Tensor, classes: Sequence[int]) -> Tensor:
     return tensor.index_select(1, index)
 
 
+_RELATIONS: set[Callable[..., Tensor]] = set()
+
+
 def relation(function: _Function) -> _Function:
-    """Mark a statistic whose second axis counts pairs of classes, (B, R, M): losses then drop no background row."""
-    marked: Any = function
-    marked.per_class = False
+    """Declare a statistic whose second axis counts pairs of classes, (B, R, M), and which looks at several channels."""
+    _RELATIONS.add(function)
     return function
+
+
+def is_relation(statistic: Callable[..., Tensor]) -> bool:
+    """Whether a statistic, or the one inside a `functools.partial`, was declared a relation."""
+    while isinstance(statistic, functools.partial):
+        statistic = statistic.func
+    return isinstance(statistic, Hashable) and statistic in _RELATIONS

@@ -187,7 +187,9 @@ def test_names_of_the_real_loss(make_trainer, items):
         items,
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
-        loss_function=CombinedLoss({"size": loss, "gradient": Gradient(network)}, keys={"size": "bounds"}),
+        loss_function=CombinedLoss(
+            {"size": loss, "gradient": Gradient(network)}, keys={"gradient": {"label": "gradient"}}
+        ),
         prepare_batch=PrepareBatchTargets(["bounds", "gradient"]),
         handlers=[ConstraintMetricsHandler({"size": loss})],
     )
@@ -697,7 +699,8 @@ def test_several_formulations_and_another_loader():
     first, second = Observer(), Observer()
     trainer = make_run(first, max_epochs=1)
     loss = trainer.loss_function
-    both = CombinedLoss({"a": loss, "b": ConstraintLoss(soft_size, second, softmax=True)})
+    keys = {"a": {"bounds": "a"}, "b": {"bounds": "b"}}
+    both = CombinedLoss({"a": loss, "b": ConstraintLoss(soft_size, second, softmax=True)}, keys=keys)
     trainer.run()
     second.seen = [0]
     target = {"a": cohort()[0]["bounds"][None], "b": cohort()[0]["bounds"][None]}
