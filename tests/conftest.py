@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +62,15 @@ def box_prior_reference() -> ModuleType:
 def constraint_reference() -> ModuleType:
     """The slow reference of the global constraints, tests/reference/constraint_reference.py."""
     return _load_reference("constraint_reference")
+
+
+@pytest.fixture
+def tiny_network() -> Callable[..., nn.Module]:
+    """Maker of the smallest network: one 1x1 convolution without bias, all weights 1, from 1 channel to `channels`."""
+
+    def make(channels: int = 1, *, dims: int = 2) -> nn.Module:
+        network = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, channels, 1, bias=False)
+        nn.init.ones_(network.weight)
+        return network
+
+    return make

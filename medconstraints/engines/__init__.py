@@ -1,6 +1,15 @@
-"""Engines and what they take their batches from: inference that survives bad files, targets of the losses."""
+"""Engines and what they take their batches from: training, validation, and inference that survives bad files."""
 
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
+from medconstraints.engines.training import TargetTrainer
+from medconstraints.engines.validation import ValidationEvaluator
 
-__all__ = ["PrepareBatchTargets", "TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
+__all__ = [
+    "PrepareBatchTargets",
+    "TargetTrainer",
+    "TolerantDataset",
+    "TolerantEvaluator",
+    "ValidationEvaluator",
+    "collate_or_failure",
+]

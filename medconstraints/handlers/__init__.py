@@ -5,18 +5,17 @@ from medconstraints.handlers.lists import HandlerList, training_handlers, valida
 from medconstraints.handlers.loss_weights import LossWeightHandler
 from medconstraints.handlers.monitors import (
     LossTermsHandler,
-    RequireAnnotationHandler,
-    RequireBoxesHandler,
     RequireFiniteLossHandler,
+    RequireTargetsHandler,
     StepFormulationHandler,
 )
-from medconstraints.handlers.restore_label import RestoreLabelHandler
 from medconstraints.handlers.resume import (
     EpochSeedHandler,
     ResumeHandler,
     SamplerEpochHandler,
     SaveBestHandler,
     SaveLatestHandler,
+    Stateful,
 )
 
 __all__ = [
@@ -26,14 +25,13 @@ __all__ = [
     "HandlerList",
     "LossTermsHandler",
     "LossWeightHandler",
-    "RequireAnnotationHandler",
-    "RequireBoxesHandler",
     "RequireFiniteLossHandler",
-    "RestoreLabelHandler",
+    "RequireTargetsHandler",
     "ResumeHandler",
     "SamplerEpochHandler",
     "SaveBestHandler",
     "SaveLatestHandler",
+    "Stateful",
     "StepFormulationHandler",
     "training_handlers",
     "validation_handlers",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers.tqdm_logger import ProgressBar
+from monai.engines import Evaluator
 from monai.handlers import (
     LrScheduleHandler,
     StatsHandler,
@@ -14,20 +16,20 @@ from monai.handlers import (
     ValidationHandler,
     from_engine,
 )
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from medconstraints import checks
 from medconstraints.handlers.monitors import (
     LossTermsHandler,
-    RequireAnnotationHandler,
-    RequireBoxesHandler,
     RequireFiniteLossHandler,
+    RequireTargetsHandler,
     StepFormulationHandler,
 )
-from medconstraints.handlers.restore_label import RestoreLabelHandler
-from medconstraints.handlers.resume import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler
+from medconstraints.handlers.resume import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler, Stateful
 
 __all__ = ["HandlerList", "training_handlers", "validation_handlers"]
+
+_Monitors = Mapping[str, Any] | Sequence[Any]
 
 
 class HandlerList(list[Any]):
@@ -43,8 +45,15 @@ class HandlerList(list[Any]):
             handler.attach(engine)
 
 
-class _ValidateAlsoAtTheEnd(ValidationHandler):
-    """MONAI's handler, and after the last epoch: a run shorter than the interval would leave no weights."""
+class _Validation(ValidationHandler):
+    """MONAI's handler, and after the last epoch: a run shorter than the interval would leave no weights.
+
+    A schedule that follows the key metric is stepped after each validation.
+    """
+
+    def __init__(self, interval: int, validator: Evaluator, plateau: ReduceLROnPlateau | None) -> None:
+        super().__init__(interval, validator)
+        self.plateau = plateau
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -54,113 +63,99 @@ class _ValidateAlsoAtTheEnd(ValidationHandler):
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
 
+    def __call__(self, engine: Engine) -> None:
+        """Validate."""
+        super().__call__(engine)
+        if self.plateau is not None:
+            state: Any = self.validator.state  # type: ignore[union-attr]
+            self.plateau.step(state.metrics[state.key_metric_name])
+
 
 def training_handlers(
     *,
-    loss: nn.Module,
-    evaluator: Engine,
-    objects: Mapping[str, Any],
+    evaluator: Evaluator,
     output_dir: str,
     seed: int,
-    dataset: Any,
     lr_scheduler: LRScheduler | None = None,
-    formulation: Any = None,
-    monitors: Sequence[Any] = (),
     val_interval: int = 1,
-    boxes_key: str | None = None,
-    annotation_key: str | None = None,
-    validate: bool = True,
+    monitors: _Monitors = (),
+    objects: Mapping[str, Stateful] | None = None,
     settings: Mapping[str, Any] | None = None,
-    rank: int = 0,
 ) -> HandlerList:
     """Handlers of a trainer, in an order in which they work together.
 
+    What they need of network, optimizer, loss and data they take from the trainer: the terms of the loss are logged,
+    its formulations stepped after each epoch, boxes and weak labels that it reads must be there (see
+    `RequireTargetsHandler`), and the states of all are kept for a resumed run. In distributed training only process 0
+    logs and saves.
+
     Args:
-        loss: its terms are logged when it has any.
-        evaluator: run after every `val_interval` epochs, and after the last one.
-        objects: name -> object with a state that a resumed run needs: network, optimizer, scheduler, loss.
-        output_dir: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
+        evaluator: run after every `val_interval` epochs, and after the last one. When it has no data nothing is
+            validated, and `output_dir/model.pt` gets the weights of the latest epoch.
+        output_dir: folder of the run, or of its stage: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
         seed: see `EpochSeedHandler`.
-        dataset: training data set.
-        lr_scheduler: stepped after each epoch.
-        formulation: stepped after each epoch, when it has a `step`; or a list of formulations.
-        monitors: further handlers that look at the epoch before the formulations are stepped, such as
-            `ConstraintMetricsHandler`, and `DualPassHandler` behind it; what state they have is kept for a resumed run.
+        lr_scheduler: stepped after each epoch; a `ReduceLROnPlateau` after each validation, with the evaluator's key
+            metric (`mode="max"` for a Dice).
         val_interval: epochs between validations.
-        boxes_key: key of the boxes, when training needs them, see `RequireBoxesHandler`.
-        annotation_key: key of the weak labels, when training needs them, see `RequireAnnotationHandler`.
-        validate: False when there is nothing to validate with: the evaluator is not run, and `output_dir/model.pt` gets
-            the weights of the latest epoch of `objects["network"]`.
+        monitors: name -> handler that looks at the epoch before the formulations are stepped, such as
+            `ConstraintMetricsHandler`, and `DualPassHandler` behind it; None leaves one out, as an overlay may. Or a
+            list of them. The state of a `Stateful` one is kept for a resumed run.
+        objects: name -> further object whose state is kept, see `ResumeHandler`.
         settings: what must not change when the run is resumed, see `ResumeHandler`.
-        rank: number of the process in distributed training; only process 0 logs and saves.
 
     Raises:
-        ValueError: `val_interval` is below 1, or `objects` has no network to save without validation.
+        ValueError: `val_interval` is below 1, or a schedule follows the metric of an evaluator without data.
     """
-    if val_interval < 1:
-        raise ValueError(f"val_interval: expected an integer >= 1 (epochs), got {val_interval!r}.")
-    handlers: list[Any] = [EpochSeedHandler(seed, dataset, rank=rank), RestoreLabelHandler()]
-    if boxes_key is not None:
-        handlers.append(RequireBoxesHandler(boxes_key))
-    if annotation_key is not None:
-        handlers.append(RequireAnnotationHandler(annotation_key))
-    handlers.append(RequireFiniteLossHandler(loss))
-    if lr_scheduler is not None:
+    checks.whole_number("val_interval", val_interval, 1)
+    named = _named(monitors)
+    validate = evaluator.state.epoch_length != 0
+    plateau = lr_scheduler if isinstance(lr_scheduler, ReduceLROnPlateau) else None
+    handlers: list[Any] = [EpochSeedHandler(seed), RequireTargetsHandler(), RequireFiniteLossHandler()]
+    if lr_scheduler is not None and plateau is None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
-    if hasattr(loss, "terms"):
-        handlers.append(LossTermsHandler(loss, formulation))  # type: ignore[arg-type]
-    handlers += monitors
-    objects = {
-        **objects,
-        **{f"monitor_{i}": monitor for i, monitor in enumerate(monitors) if hasattr(monitor, "state_dict")},
-    }
-    steppable = [one for one in _listed(formulation) if hasattr(one, "step")]
-    if steppable:
-        handlers.append(StepFormulationHandler(steppable))
+    handlers += [LossTermsHandler(), *named.values(), StepFormulationHandler()]
     if validate:
-        handlers.append(_ValidateAlsoAtTheEnd(val_interval, evaluator))
-    elif "network" not in objects:
-        raise ValueError(f"objects: expected the network, whose weights are saved, as 'network', got {[*objects]}.")
-    elif rank == 0:
-        handlers.append(SaveLatestHandler(objects["network"], f"{output_dir}/model.pt"))
-    if rank == 0:
-        first_loss = from_engine(["loss"], first=True)
+        handlers.append(_Validation(val_interval, evaluator, plateau))
+    elif plateau is not None:
+        raise ValueError("lr_scheduler: follows the key metric, but the evaluator has no data; take another schedule.")
+    else:
+        handlers.append(SaveLatestHandler(f"{output_dir}/model.pt"))
+    if idist.get_rank() == 0:
+        loss = from_engine(["loss"], first=True)
         handlers += [
-            StatsHandler(name="train_loss", tag_name="train_loss", output_transform=first_loss, iteration_log=False),
-            TensorBoardStatsHandler(
-                log_dir=f"{output_dir}/tensorboard", tag_name="train_loss", output_transform=first_loss
-            ),
+            StatsHandler(name="train_loss", tag_name="train_loss", output_transform=loss, iteration_log=False),
+            TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", tag_name="train_loss", output_transform=loss),
             ProgressBar(desc="training"),
         ]
-    handlers.append(
-        ResumeHandler(f"{output_dir}/last.pt", objects, evaluator=evaluator, save=rank == 0, settings=settings)
-    )
+    states: dict[str, Any] = {name: monitor for name, monitor in named.items() if isinstance(monitor, Stateful)}
+    states |= objects or {}
+    if lr_scheduler is not None:
+        states["lr_scheduler"] = lr_scheduler
+    handlers.append(ResumeHandler(f"{output_dir}/last.pt", states, evaluator=evaluator, settings=settings))
     return HandlerList(handlers)
 
 
-def _listed(formulation: Any) -> list[Any]:
-    if formulation is None:
-        return []
-    return list(formulation) if isinstance(formulation, Sequence) else [formulation]
-
-
-def validation_handlers(
-    *, network: nn.Module, output_dir: str, monitors: Sequence[Any] = (), rank: int = 0
-) -> HandlerList:
+def validation_handlers(*, output_dir: str, monitors: _Monitors = ()) -> HandlerList:
     """Handlers of the evaluator in training: logs, and the best weights as `output_dir/model.pt`.
 
+    In distributed training only process 0 logs and saves.
+
     Args:
-        network: the network that is trained.
-        output_dir: folder of the run.
-        monitors: handlers whose metrics are to be logged, such as `ConstraintMetricsHandler`.
-        rank: number of the process in distributed training; only process 0 logs and saves.
+        output_dir: folder of the run, or of its stage.
+        monitors: name -> handler whose metrics are to be logged, such as `ConstraintMetricsHandler`; None leaves one
+            out. Or a list of them. To continue the state of one in a resumed run, name it in the `objects` of
+            `training_handlers`.
     """
-    if rank:
-        return HandlerList(monitors)
-    handlers = [
-        *monitors,
-        StatsHandler(name="train_loss", iteration_log=False),
-        TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", iteration_log=False),
-        SaveBestHandler(network, f"{output_dir}/model.pt"),
-    ]
+    handlers = [*_named(monitors).values()]
+    if idist.get_rank() == 0:
+        handlers += [
+            StatsHandler(name="train_loss", iteration_log=False),
+            TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", iteration_log=False),
+            SaveBestHandler(f"{output_dir}/model.pt"),
+        ]
     return HandlerList(handlers)
+
+
+def _named(monitors: _Monitors) -> dict[str, Any]:
+    pairs = monitors.items() if isinstance(monitors, Mapping) else ((f"monitor_{i}", m) for i, m in enumerate(monitors))
+    return {name: monitor for name, monitor in pairs if monitor is not None}

@@ -1,57 +1,54 @@
-"""What a training run tells about its loss, and how its formulation moves on."""
+"""What a training run tells about its loss, when it is stopped, and how its formulations move on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.utils.enums import CommonKeys
-from torch import Tensor
+from torch import Tensor, nn
+
+from medconstraints.formulations.base import Formulation
+from medconstraints.losses.base import TargetLoss
 
 __all__ = [
     "LossTermsHandler",
-    "RequireAnnotationHandler",
-    "RequireBoxesHandler",
     "RequireFiniteLossHandler",
+    "RequireTargetsHandler",
     "StepFormulationHandler",
+    "formulations_in",
 ]
 
 
-class _HasTerms(Protocol):
-    def terms(self) -> dict[str, Tensor]: ...
+def formulations_in(loss: Any) -> list[Formulation]:
+    """Every formulation in a loss, each once."""
+    return [part for part in loss.modules() if isinstance(part, Formulation)] if isinstance(loss, nn.Module) else []
 
 
-class _Steppable(Protocol):
-    def step(self) -> Any: ...
+def _terms(loss: Any) -> dict[str, Tensor]:
+    """Terms of the last forward pass; a loss of another package has none."""
+    return loss.terms() if isinstance(loss, TargetLoss) else {}
 
 
 class LossTermsHandler:
-    """Epoch means of a loss's terms, as metrics of the trainer: `StatsHandler` and `TensorBoardStatsHandler` show them.
+    """Epoch means of the terms of a trainer's loss, as metrics: `StatsHandler`, `TensorBoardStatsHandler` show them.
 
-    The terms are added up on the device; the host waits for them once per epoch. Put it before the handlers that read
-    the metrics.
+    With one formulation in the loss, what that reports is a metric too, such as `train_t`. A term that is not computed
+    in every iteration has the mean over those in which it is. The terms are added up on the device; the host waits for
+    them once per epoch. Put it before the handlers that read the metrics.
 
     Args:
-        loss: a loss with `terms()`, such as `BoxPriorLoss` or `CombinedLoss`.
-        formulation: a formulation whose `t` is reported too, or None.
         prefix: put before each name.
-
-    Raises:
-        TypeError: the loss has no `terms()`.
     """
 
-    def __init__(self, loss: _HasTerms, formulation: Any = None, *, prefix: str = "train_") -> None:
-        if not hasattr(loss, "terms"):
-            raise TypeError(f"loss: expected a loss with terms(), got {type(loss).__name__}.")
-        self.loss = loss
-        self.formulation = formulation
+    def __init__(self, *, prefix: str = "train_") -> None:
         self.prefix = prefix
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -60,31 +57,50 @@ class LossTermsHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
 
     def _reset(self, engine: Engine) -> None:
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, {}
 
-    def _add(self, engine: Engine) -> None:
-        for name, value in self.loss.terms().items():
+    def _add(self, engine: Any) -> None:
+        for name, value in _terms(engine.loss_function).items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
-    def _report(self, engine: Engine) -> None:
-        for name, value in self._sums.items():
-            engine.state.metrics[self.prefix + name] = float(value) / self._count
-        if self.formulation is not None and hasattr(self.formulation, "t"):
-            engine.state.metrics[self.prefix + "t"] = float(self.formulation.t)
+    def _report(self, engine: Any) -> None:
+        values = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        formulations = formulations_in(engine.loss_function)
+        if len(formulations) == 1:
+            values |= {name: float(value) for name, value in formulations[0].report().items()}
+        engine.state.metrics.update({self.prefix + name: value for name, value in values.items()})
 
 
-class _RequireInFirstEpoch:
-    """Stops a run after its first epoch when no batch of any process had what is needed.
+# Target of a loss -> what must be somewhere in it, and what to do when it is nowhere.
+_REQUIRED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "boxes": (
+        lambda boxes: boxes[..., 0] > 0,
+        "not one box in a whole epoch; check that the labels or box files of the training volumes hold the class, and "
+        "that the patch size and the spacing leave boxes in the patches.",
+    ),
+    "weak_label": (
+        lambda label: label >= 0,
+        "not one annotated voxel in a whole epoch; check that the labels or scribbles of the training volumes hold the "
+        "classes, and their value for what is not annotated. To train on constraints alone, take the loss that reads "
+        "the weak label out.",
+    ),
+}
 
-    All processes of distributed training stop: one alone would leave the others waiting for it.
+
+class RequireTargetsHandler:
+    """Stops a run whose first epoch had nothing to learn from: not one box, not one annotated voxel.
+
+    Looks at what the trainer's loss reads of "boxes" (B, N, 1 + 2 D), class > 0, and "weak_label" (B, 1, *S), value
+    >= 0. In distributed training the batches of all processes count, and all of them stop: one alone would leave the
+    others waiting for it.
+
+    Raises:
+        ValueError: after the first epoch.
     """
 
-    key: str
-    message: str
-
     def __init__(self) -> None:
-        self._found = False
+        self._found: dict[str, bool] | None = None
         self._judged = False
 
     def attach(self, engine: Engine) -> None:
@@ -92,72 +108,21 @@ class _RequireInFirstEpoch:
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._look)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
 
-    def _has(self, values: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _look(self, engine: Engine) -> None:
-        if not self._found:
-            self._found = bool(self._has(engine.state.batch[self.key]).any())
+    def _look(self, engine: Any) -> None:
+        if self._found is None:
+            read = engine.loss_function.target_keys if isinstance(engine.loss_function, TargetLoss) else ()
+            self._found = dict.fromkeys((key for key in _REQUIRED if key in read), False)
+        for key, found in self._found.items():
+            if not found and key in engine.state.batch:
+                self._found[key] = bool(_REQUIRED[key][0](engine.state.batch[key]).any())
 
     def _judge(self, engine: Engine) -> None:
         if self._judged:
             return
         self._judged = True
-        self._found = bool(idist.all_reduce(float(self._found), op="MAX"))
-        if not self._found:
-            raise ValueError(f"{self.key}: {self.message}")
-
-
-class RequireBoxesHandler(_RequireInFirstEpoch):
-    """Stops a run whose first epoch held no box at all: it would train on emptiness alone and learn nothing.
-
-    In distributed training the boxes of all processes count, and all of them stop.
-
-    Args:
-        key: key of the boxes in the batch, (B, N, 1 + 2 D).
-
-    Raises:
-        ValueError: after the first epoch, when no batch had a box.
-    """
-
-    message = (
-        "not one box in a whole epoch; check that the labels or box files of the training volumes hold the class, and "
-        "that patch_size and spacing_mm leave boxes in the patches."
-    )
-
-    def __init__(self, key: str = "boxes") -> None:
-        super().__init__()
-        self.key = key
-
-    def _has(self, values: Tensor) -> Tensor:
-        return values[..., 0] > 0
-
-
-class RequireAnnotationHandler(_RequireInFirstEpoch):
-    """Stops a run whose first epoch had not one annotated voxel: its weak labels would teach nothing.
-
-    In distributed training the voxels of all processes count, and all of them stop.
-
-    Args:
-        key: key of the weak label in the batch, (B, 1, *S).
-        ignore_index: its value where nothing is annotated.
-
-    Raises:
-        ValueError: after the first epoch, when no voxel was annotated.
-    """
-
-    message = (
-        "not one annotated voxel in a whole epoch; check that the labels or scribbles of the training volumes hold the "
-        "classes, and their value for what is not annotated. To train on constraints alone, set annotation_key to None."
-    )
-
-    def __init__(self, key: str = "weak_label", ignore_index: int = -1) -> None:
-        super().__init__()
-        self.key = key
-        self.ignore_index = ignore_index
-
-    def _has(self, values: Tensor) -> Tensor:
-        return values != self.ignore_index
+        for key, found in (self._found or {}).items():
+            if not idist.all_reduce(float(found), op="MAX"):
+                raise ValueError(f"{key}: {_REQUIRED[key][1]}")
 
 
 class RequireFiniteLossHandler:
@@ -166,15 +131,11 @@ class RequireFiniteLossHandler:
     Put it before the handlers that validate and save, so that the files of the last sound epoch stay. Iterations are
     counted on the device; the host waits for them once per epoch. In distributed training all processes stop.
 
-    Args:
-        loss: a loss whose `terms()` tell which part of it is not finite, or any other.
-
     Raises:
-        RuntimeError: after the epoch; the message counts the iterations and names the terms.
+        RuntimeError: after the epoch; the message names the terms of the loss that are not finite.
     """
 
-    def __init__(self, loss: Any = None) -> None:
-        self.loss = loss
+    def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -186,11 +147,10 @@ class RequireFiniteLossHandler:
     def _reset(self, engine: Engine) -> None:
         self._counts = {}
 
-    def _add(self, engine: Engine) -> None:
-        output: Any = engine.state.output
-        total: Tensor = output[CommonKeys.LOSS].detach()
-        terms = self.loss.terms() if hasattr(self.loss, "terms") else {}
-        for name, value in {"loss": total, **{f"loss/{name}": value for name, value in terms.items()}}.items():
+    def _add(self, engine: Any) -> None:
+        total: Tensor = engine.state.output[CommonKeys.LOSS].detach()
+        # The total under a name that no term has.
+        for name, value in {"": total, **_terms(engine.loss_function)}.items():
             bad = (~torch.isfinite(torch.as_tensor(value, device=total.device))).any().float()
             self._counts[name] = self._counts[name] + bad if name in self._counts else bad
 
@@ -199,8 +159,8 @@ class RequireFiniteLossHandler:
             return
         counts = torch.as_tensor(idist.all_reduce(torch.stack(list(self._counts.values())), op="SUM"))
         bad = dict(zip(self._counts, counts.tolist(), strict=True))
-        if bad.pop("loss"):
-            terms = ", ".join(name.removeprefix("loss/") for name, count in bad.items() if count)
+        if bad.pop(""):
+            terms = ", ".join(name for name, count in bad.items() if count)
             raise RuntimeError(
                 f"loss: NaN or infinite in epoch {engine.state.epoch}"
                 f"{f', in its terms {terms}' if terms else ''}; lower the learning rate, look for extreme intensities "
@@ -209,29 +169,38 @@ class RequireFiniteLossHandler:
 
 
 class StepFormulationHandler:
-    """Calls `formulation.step()` after each epoch: raises a barrier, or takes the dual step of a Lagrangian.
+    """Calls `step()` of formulations after each epoch: raises a barrier, or takes the dual step of a Lagrangian.
 
     Put it before the handler that saves checkpoints, so that a resumed run starts with the next value.
 
     Args:
-        formulation: anything with `step()`, or a list of such; one that is listed twice is stepped once.
+        formulations: what is stepped; None takes every formulation in the trainer's loss, each once.
 
     Raises:
-        TypeError: one has no `step()`.
+        TypeError: one is no formulation.
     """
 
-    def __init__(self, formulation: _Steppable | Sequence[_Steppable]) -> None:
-        formulations = list(formulation) if isinstance(formulation, Sequence) else [formulation]
-        for one in formulations:
-            if not hasattr(one, "step"):
-                raise TypeError(f"formulation: expected something with step(), got {type(one).__name__}.")
-        self.formulations = list({id(one): one for one in formulations}.values())
+    def __init__(self, formulations: Iterable[Formulation] | None = None) -> None:
+        self.formulations = None if formulations is None else checked_formulations(formulations)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Step."""
-        for formulation in self.formulations:
-            formulation.step()
+        for one in formulations_in(engine.loss_function) if self.formulations is None else self.formulations:
+            one.step()
+
+
+def checked_formulations(formulations: Iterable[Formulation]) -> list[Formulation]:
+    """Formulations, each once.
+
+    Raises:
+        TypeError: one is no formulation.
+    """
+    given = list({id(one): one for one in formulations}.values())
+    for one in given:
+        if not isinstance(one, Formulation):
+            raise TypeError(f"formulations: expected such as LogBarrierExtension, got {type(one).__name__}.")
+    return given

@@ -7,19 +7,40 @@ import logging
 import os
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
+from monai.engines import SupervisedTrainer, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
-__all__ = ["EpochSeedHandler", "ResumeHandler", "SamplerEpochHandler", "SaveBestHandler", "SaveLatestHandler"]
+__all__ = [
+    "EpochSeedHandler",
+    "ResumeHandler",
+    "SamplerEpochHandler",
+    "SaveBestHandler",
+    "SaveLatestHandler",
+    "Stateful",
+]
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a resumed run can put back: networks, optimizers, schedules, losses, and monitors that remember."""
+
+    def state_dict(self) -> Any:
+        """The state, of types that `torch.load(weights_only=True)` reads."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Put it back."""
 
 
 def _save(state: Any, path: Path) -> None:
@@ -36,20 +57,17 @@ def _unwrapped(obj: Any) -> Any:
 
 
 class EpochSeedHandler:
-    """Seeds torch, numpy and the random transforms from the epoch's number at its start.
+    """Seeds torch, numpy and the random transforms of a trainer's data from the epoch's number at its start.
 
-    A run that resumes at epoch k then draws what the uninterrupted run drew there. Epochs differ from each other.
+    A run that resumes at epoch k then draws what the uninterrupted run drew there. Epochs differ from each other, and
+    so do the processes of distributed training.
 
     Args:
         seed: seed of the run.
-        dataset: training data set whose transforms are seeded, or None.
-        rank: number of this process in distributed training; each process augments differently.
     """
 
-    def __init__(self, seed: int, dataset: Any = None, *, rank: int = 0) -> None:
+    def __init__(self, seed: int) -> None:
         self.seed = int(seed)
-        self.dataset = dataset
-        self.rank = int(rank)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -57,12 +75,12 @@ class EpochSeedHandler:
 
     def __call__(self, engine: Engine) -> None:
         """Seed."""
-        seed = (self.seed + 1_000_003 * engine.state.epoch + 7919 * self.rank) % 2**31
+        seed = (self.seed + 1_000_003 * engine.state.epoch + 7919 * idist.get_rank()) % 2**31
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - transforms of other packages draw from the global generator
         random.seed(seed)
-        if self.dataset is not None:
-            set_rnd(self.dataset, seed=seed)
+        if isinstance(engine.state.dataloader, DataLoader):
+            set_rnd(engine.state.dataloader.dataset, seed=seed)
 
 
 class SamplerEpochHandler:
@@ -85,47 +103,46 @@ class SamplerEpochHandler:
 
 
 class SaveBestHandler:
-    """Saves the network's weights whenever the evaluator's key metric is better than ever before.
+    """Saves an evaluator's network whenever its key metric is better than ever before.
 
     MONAI's `CheckpointSaver` does so too, but forgets the best value when training resumes; this one reads
     `evaluator.state.best_metric`, which `ResumeHandler` restores. The file is a plain state dictionary.
 
     Args:
-        network: the network.
         path: file to write, such as `models/model.pt`.
     """
 
-    def __init__(self, network: nn.Module, path: str | Path) -> None:
-        self.network = network
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator that has a key metric."""
         engine.add_event_handler(Events.COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            _save(_unwrapped(self.network).state_dict(), self.path)
+            _save(_unwrapped(engine.network).state_dict(), self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
 
 class SaveLatestHandler:
-    """Saves the network's weights after each epoch of a run without validation, which knows no best ones.
+    """Saves a trainer's network after each epoch of a run without validation, which knows no best one.
+
+    In distributed training process 0 saves.
 
     Args:
-        network: the network.
         path: file to write, such as `output/model.pt`.
     """
 
-    def __init__(self, network: nn.Module, path: str | Path) -> None:
-        self.network = network
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, self._tell)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self._tell)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def _tell(self, engine: Engine) -> None:
         logger.warning(
@@ -133,9 +150,9 @@ class SaveLatestHandler:
             self.path.name,
         )
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Save."""
-        _save(_unwrapped(self.network).state_dict(), self.path)
+        _save(_unwrapped(engine.network).state_dict(), self.path)
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,47 +167,66 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 class ResumeHandler:
     """Saves everything a run needs after each epoch, and goes on from there when the file exists at the start.
 
-    Put it last among the trainer's handlers, so that it saves what the others changed. The trainer's gradient scaler
-    of mixed precision is kept too: it would skip the first steps of a resumed run until its scale fits again.
+    Of MONAI's `SupervisedTrainer` network, optimizer and loss are kept as they are, under these names, and of any
+    `Trainer` the gradient scaler of mixed precision: without it the first steps of a resumed run would be skipped until
+    its scale fits again. Put it last among the trainer's handlers, so that it saves what the others changed. In
+    distributed training process 0 saves, and all load.
 
     Args:
-        path: the file, such as `output/last.pt`.
-        objects: name -> object with `state_dict` and `load_state_dict`: network, optimizer, scheduler, loss.
+        path: the file, such as `output/last.pt`; each stage of a method has its own.
+        objects: name -> further object with a state: a schedule, a second network, a monitor.
+        counters: name -> number that the run changes in this very mapping; put back into it.
         evaluator: its best metric is kept too, or None.
-        save: False for all but the first process of distributed training: they load but do not write.
         settings: what must be the same when the run goes on, in types of JSON; kept in the file and compared with it.
 
     Raises:
-        TypeError: the settings are not of JSON's types.
+        TypeError: an object has no state, or the settings are not of JSON's types.
         RuntimeError: at the start of a run, when the file cannot be read or belongs to another run.
     """
 
     def __init__(
         self,
         path: str | Path,
-        objects: Mapping[str, Any],
+        objects: Mapping[str, Stateful] | None = None,
         *,
+        counters: MutableMapping[str, int | float] | None = None,
         evaluator: Engine | None = None,
-        save: bool = True,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.objects = {name: _unwrapped(obj) for name, obj in objects.items()}
-        self.evaluator = evaluator
-        self.save = save
+        self.objects = dict(objects or {})
+        for name, obj in self.objects.items():
+            if not isinstance(obj, Stateful):
+                raise TypeError(
+                    f"objects: expected state_dict() and load_state_dict(), got {type(obj).__name__} for {name!r}."
+                )
+        self.counters = {} if counters is None else counters
+        self.evaluator: Any = evaluator
         self.settings = None if settings is None else _as_json(settings)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         engine.add_event_handler(Events.STARTED, self._load)
-        if self.save:
+        if idist.get_rank() == 0:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
+    def _stateful(self, engine: Engine) -> dict[str, Any]:
+        """Everything with a state, by name."""
+        found: dict[str, Any] = {}
+        if isinstance(engine, SupervisedTrainer):
+            found = {"network": engine.network, "optimizer": engine.optimizer}
+            if isinstance(engine.loss_function, nn.Module):
+                found["loss"] = engine.loss_function
+        if isinstance(engine, Trainer) and engine.scaler is not None:
+            found["scaler"] = engine.scaler
+        return {name: _unwrapped(obj) for name, obj in (found | self.objects).items()}
+
     def _write(self, engine: Engine) -> None:
-        state: dict[str, Any] = {name: obj.state_dict() for name, obj in self.objects.items()}
-        state["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        if getattr(engine, "scaler", None) is not None:
-            state["scaler"] = engine.scaler.state_dict()
+        state: dict[str, Any] = {
+            "objects": {name: obj.state_dict() for name, obj in self._stateful(engine).items()},
+            "counters": dict(self.counters),
+            "trainer": {"epoch": engine.state.epoch, "iteration": engine.state.iteration},
+        }
         if self.settings is not None:
             state["settings"] = self.settings
         if self.evaluator is not None:
@@ -201,6 +237,35 @@ class ResumeHandler:
     def _load(self, engine: Engine) -> None:
         if not self.path.exists():
             return
+        state, objects = self._read(), self._stateful(engine)
+        saved = state["objects"]
+        # A run may go on on a device of another kind, with a scaler that it did not have before.
+        missing = sorted({*objects, *self.counters} - {*saved, *state["counters"], "scaler"})
+        if missing:
+            raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
+        self._compare(state)
+        for name, obj in objects.items():
+            if name == "scaler" and not saved.get(name):  # that of a run without mixed precision has none
+                continue
+            try:
+                obj.load_state_dict(saved[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise RuntimeError(
+                    f"{self.path.name}: the state of {name!r} does not fit ({reason}); it belongs to another run, or "
+                    "this one was changed; move it away to start again."
+                ) from error
+        self.counters.update({name: state["counters"][name] for name in self.counters})
+        engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
+        if self.evaluator is not None and "evaluator" in state:
+            self.evaluator.state.best_metric = state["evaluator"]["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["evaluator"]["best_metric_epoch"]
+        logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path.name)
+        if engine.state.max_epochs is not None and engine.state.epoch >= engine.state.max_epochs:
+            logger.info("all %d epochs are done already; raise the number of epochs to go on", engine.state.max_epochs)
+            engine.terminate()
+
+    def _read(self) -> dict[str, Any]:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -210,30 +275,13 @@ class ResumeHandler:
             raise RuntimeError(
                 f"{self.path.name}: the last state of this run cannot be read ({reason}); move it away to start again."
             ) from error
-        known = set(state) if isinstance(state, dict) else set()
-        missing = sorted({*self.objects, "trainer"} - known)
+        parts = {"objects", "counters", "trainer"}
+        missing = sorted(parts - (set(state) if isinstance(state, dict) else set()))
         if missing:
-            raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
-        self._compare(state)
-        for name, obj in self.objects.items():
-            try:
-                obj.load_state_dict(state[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise RuntimeError(
-                    f"{self.path.name}: the state of {name!r} does not fit ({reason}); it belongs to another run, or "
-                    "this one was changed; move it away to start again."
-                ) from error
-        engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
-        if getattr(engine, "scaler", None) is not None and state.get("scaler"):
-            engine.scaler.load_state_dict(state["scaler"])
-        if self.evaluator is not None and "evaluator" in state:
-            self.evaluator.state.best_metric = state["evaluator"]["best_metric"]
-            self.evaluator.state.best_metric_epoch = state["evaluator"]["best_metric_epoch"]
-        logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path.name)
-        if engine.state.max_epochs is not None and engine.state.epoch >= engine.state.max_epochs:
-            logger.info("all %d epochs are done already; raise the number of epochs to go on", engine.state.max_epochs)
-            engine.terminate()
+            raise RuntimeError(
+                f"{self.path.name}: is no state of a run, it lacks {missing}; move it away to start again."
+            )
+        return dict(state)
 
     def _compare(self, state: Mapping[str, Any]) -> None:
         if self.settings is None:

@@ -8,57 +8,57 @@ from ignite.engine import Events
 from ignite.metrics import Average
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.handlers import ValidationHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from medconstraints.formulations import LogBarrierExtension
-from medconstraints.handlers import (
-    EpochSeedHandler,
-    LossTermsHandler,
-    RequireFiniteLossHandler,
-    RestoreLabelHandler,
-    ResumeHandler,
-    SaveBestHandler,
-    SaveLatestHandler,
-    StepFormulationHandler,
-    training_handlers,
-    validation_handlers,
-)
-from medconstraints.losses import BoxPriorLoss, CombinedLoss
+from medconstraints.handlers import training_handlers, validation_handlers
+
+
+class Counter:
+    """A monitor that remembers the formulation's steps so far, which it has to see before the next one."""
+
+    def __init__(self, stepper):
+        self.stepper = stepper
+        self.seen: list[int] = []
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: self.seen.append(self.stepper.steps))
+
+    def state_dict(self):
+        return {"seen": torch.tensor(self.seen)}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"].tolist()
 
 
 @pytest.fixture
-def make_run(make_trainer, items, tmp_path):
+def make_run(make_trainer, make_stepper, mean_loss, items, tmp_path):
     """A trainer with both lists, as a bundle builds it."""
 
-    def make(*, max_epochs=2, val_interval=1, rank=0, folder="run", **more):
+    def make(*, max_epochs=2, folder="run", validate=True, plateau=False, monitors=None, **more):
         torch.manual_seed(0)
         output_dir = str(tmp_path / folder)
         network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.5))
-        barrier = LogBarrierExtension(factor=1.1)
-        loss = CombinedLoss({"prior": BoxPriorLoss(barrier, sigmoid=True, width=1)}, keys={"prior": "boxes"})
+        mean_loss.stepper = make_stepper()
         optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        if plateau:  # nothing is ever 1e9 better: lowered after each validation but the first
+            scheduler = ReduceLROnPlateau(optimizer, "max", 0.5, patience=0, threshold=1e9, threshold_mode="abs")
         evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
-            val_data_loader=DataLoader(Dataset(items), batch_size=1),
+            val_data_loader=DataLoader(Dataset(items if validate else []), batch_size=1),
             network=network,
             key_val_metric={"val_score": Average(output_transform=lambda output: output[0]["pred"].mean())},
-            val_handlers=validation_handlers(network=network, output_dir=output_dir, rank=rank),
+            val_handlers=validation_handlers(output_dir=output_dir),
         )
-        data = Dataset(items)
+        counter = Counter(mean_loss.stepper)
         handlers = training_handlers(
-            loss=loss,
             evaluator=evaluator,
-            objects={"network": network, "optimizer": optimizer, "scheduler": scheduler, "loss": loss},
             output_dir=output_dir,
             seed=0,
-            dataset=data,
             lr_scheduler=scheduler,
-            formulation=barrier,
-            val_interval=val_interval,
-            rank=rank,
+            monitors={"counter": counter, "removed": None} if monitors is None else monitors,
             **more,
         )
         trainer = make_trainer(
@@ -66,11 +66,10 @@ def make_run(make_trainer, items, tmp_path):
             max_epochs=max_epochs,
             handlers=handlers,
             network=network,
-            loss_function=loss,
             optimizer=optimizer,
-            train_data_loader=DataLoader(data, batch_size=2, shuffle=True),
+            train_data_loader=DataLoader(Dataset(items), batch_size=2, shuffle=True),
         )
-        trainer.made = {"evaluator": evaluator, "scheduler": scheduler, "barrier": barrier, "output_dir": output_dir}
+        trainer.made = {"evaluator": evaluator, "optimizer": optimizer, "counter": counter}
         return trainer
 
     return make
@@ -78,6 +77,10 @@ def make_run(make_trainer, items, tmp_path):
 
 def files(folder):
     return sorted({path.name.split(".out.")[0] for path in folder.rglob("*") if path.is_file()})
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture
@@ -89,20 +92,19 @@ def stats_log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def test_a_run_logs_validates_and_saves(make_run, tmp_path, stats_log):
+def test_a_run_logs_validates_and_saves(make_run, mean_loss, tmp_path, stats_log):
     trainer = make_run()
     trainer.run()
     assert files(tmp_path / "run") == ["events", "last.pt", "model.pt"]
-    assert float(trainer.made["barrier"].t) == pytest.approx(5 * 1.1**2)
-    assert trainer.made["scheduler"].get_last_lr() == pytest.approx([0.1 * 0.5**2])
-    assert "train_prior_tightness" in stats_log.text
+    assert mean_loss.stepper.steps == 2
+    assert trainer.made["optimizer"].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
+    assert trainer.made["counter"].seen == [0, 1]  # before the step
+    assert "train_twice" in stats_log.text
     assert "Key metric: val_score best value" in stats_log.text
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    terms = [f"train_prior{part}" for part in ("", "_tightness", "_size", "_emptiness")]
-    shares = [f"train_prior_satisfied_{name}" for name in ("tightness", "size")]
-    assert set(events.Tags()["scalars"]) == {"train_loss", "val_score", "train_t", *terms, *shares}
-    assert [round(event.value, 5) for event in events.Scalars("train_t")] == [5, 5.5]
+    assert set(events.Tags()["scalars"]) == {"train_loss", "val_score", "train_t", "train_mean", "train_twice"}
+    assert [event.value for event in events.Scalars("train_t")] == [5, 6]
 
 
 def test_a_restart_ends_like_an_uninterrupted_run(make_run, tmp_path):
@@ -116,12 +118,14 @@ def test_a_restart_ends_like_an_uninterrupted_run(make_run, tmp_path):
     cut.add_event_handler(Events.ITERATION_STARTED, stop)
     with pytest.raises(InterruptedError):
         cut.run()
-    make_run(folder="cut", max_epochs=4).run()
-    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
+    again = make_run(folder="cut", max_epochs=4)
+    again.run()
+    one, two = (saved(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert set(one["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "counter"}
     assert one["trainer"] == two["trainer"] == {"epoch": 4, "iteration": 12}
     assert one["evaluator"] == two["evaluator"]
-    assert all(torch.equal(one["network"][name], two["network"][name]) for name in one["network"])
-    assert torch.equal(one["loss"]["losses.prior.formulation.t"], two["loss"]["losses.prior.formulation.t"])
+    assert all(torch.equal(one["objects"]["network"][k], two["objects"]["network"][k]) for k in ("0.weight", "0.bias"))
+    assert len(again.made["counter"].seen) == 4
 
 
 @pytest.mark.parametrize(
@@ -136,63 +140,28 @@ def test_validates_after_the_last_epoch_too(make_run, tmp_path, max_epochs, val_
     assert (tmp_path / "run" / "model.pt").exists()
 
 
-@pytest.mark.parametrize("val_interval", [0, -1])
-def test_interval_below_one_is_refused(make_run, val_interval):
-    with pytest.raises(ValueError, match=f"val_interval: expected an integer >= 1 .epochs., got {val_interval}"):
-        make_run(val_interval=val_interval)
-
-
-def test_other_processes_write_nothing(make_run, tmp_path):
-    trainer = make_run(rank=1)
+def test_a_schedule_can_follow_the_key_metric(make_run):
+    trainer = make_run(max_epochs=5, val_interval=2, plateau=True)
     trainer.run()
+    assert trainer.made["optimizer"].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)  # validated after 2, 4, 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"val_interval": 0}, "val_interval"), ({"plateau": True, "validate": False}, "no data")]
+)
+def test_wrong_options(make_run, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(**options)
+
+
+def test_other_processes_write_nothing(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    trainer = make_run()
+    trainer.run()
+    make_run(validate=False).run()
     assert not (tmp_path / "run").exists()
     assert trainer.made["evaluator"].state.metrics  # but they validate, as a distributed metric needs
-    assert "train_prior" in trainer.state.metrics
-
-
-def of(kind, handlers):
-    return [i for i, handler in enumerate(handlers) if isinstance(handler, kind)]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_order(make_trainer, items, rank, tmp_path):
-    barrier = LogBarrierExtension()
-    loss = BoxPriorLoss(barrier)
-    handlers = training_handlers(
-        loss=loss,
-        evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
-        objects={},
-        output_dir=str(tmp_path),
-        seed=0,
-        dataset=None,
-        formulation=barrier,
-        rank=rank,
-    )
-    assert of(EpochSeedHandler, handlers) == [0]
-    assert of(RestoreLabelHandler, handlers) == [1]
-    assert of(RequireFiniteLossHandler, handlers) < of(ValidationHandler, handlers)
-    assert of(LossTermsHandler, handlers) < of(StepFormulationHandler, handlers)
-    assert of(ResumeHandler, handlers) == [len(handlers) - 1]
-    assert handlers[-1].save == (rank == 0)
-
-
-def test_a_stock_loss_needs_neither_terms_nor_formulation(items, tmp_path):
-    handlers = training_handlers(
-        loss=nn.CrossEntropyLoss(),
-        evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
-        objects={},
-        output_dir=str(tmp_path),
-        seed=0,
-        dataset=None,
-    )
-    assert not of((LossTermsHandler, StepFormulationHandler), handlers)
-
-
-def test_validation_handlers(tmp_path):
-    handlers = validation_handlers(network=nn.Identity(), output_dir=str(tmp_path / "run"))
-    [best] = [handler for handler in handlers if isinstance(handler, SaveBestHandler)]
-    assert best.path == tmp_path / "run" / "model.pt"
-    assert validation_handlers(network=nn.Identity(), output_dir=str(tmp_path / "run"), rank=1) == []
+    assert "train_mean" in trainer.state.metrics
 
 
 def test_without_validation_the_latest_weights_are_saved(make_run, tmp_path):
@@ -202,33 +171,21 @@ def test_without_validation_the_latest_weights_are_saved(make_run, tmp_path):
     trainer.run()
     assert not validated
     assert files(tmp_path / "run") == ["events", "last.pt", "model.pt"]
-    saved, state = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("model.pt", "last.pt"))
-    assert all(torch.equal(saved[name], state["network"][name]) for name in saved)
+    weights, state = (saved(tmp_path / "run" / name) for name in ("model.pt", "last.pt"))
+    assert all(torch.equal(weights[name], state["objects"]["network"][name]) for name in weights)
     make_run(validate=False, max_epochs=4).run()
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["epoch"] == 4
-    make_run(validate=False, rank=1, folder="second").run()
-    assert not (tmp_path / "second").exists()
+    assert saved(tmp_path / "run" / "last.pt")["trainer"]["epoch"] == 4
 
 
-def test_without_validation_there_must_be_a_network_to_save(items, tmp_path):
-    with pytest.raises(ValueError, match=r"objects: expected the network.* as 'network', got \['net'\]"):
-        training_handlers(
-            loss=nn.CrossEntropyLoss(),
-            evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
-            objects={"net": nn.Identity()},
-            output_dir=str(tmp_path),
-            seed=0,
-            dataset=None,
-            validate=False,
-        )
-    assert not of(SaveLatestHandler, validation_handlers(network=nn.Identity(), output_dir=str(tmp_path)))
-
-
-def test_settings_are_compared(make_run):
-    make_run(max_epochs=1, settings={"seed": 0}).run()
-    make_run(max_epochs=2, settings={"seed": 0}).run()
+def test_stages_settings_and_further_objects(make_run, tmp_path):
+    """Each stage of a method has its folder; what is named is kept, and settings are compared."""
+    make_run(folder="out/first", max_epochs=1, monitors=[], objects={"teacher": nn.Linear(1, 1)}).run()
+    state = saved(tmp_path / "out" / "first" / "last.pt")
+    assert set(state["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "teacher"}
+    make_run(folder="out/second", max_epochs=1, settings={"seed": 0}).run()
+    make_run(folder="out/second", max_epochs=2, settings={"seed": 0}).run()
     with pytest.raises(RuntimeError, match="other settings: seed was 0, is 1"):
-        make_run(max_epochs=3, settings={"seed": 1}).run()
+        make_run(folder="out/second", max_epochs=3, settings={"seed": 1}).run()
 
 
 def test_nothing_is_saved_of_an_epoch_with_a_nan(make_run, tmp_path):
@@ -241,47 +198,6 @@ def test_nothing_is_saved_of_an_epoch_with_a_nan(make_run, tmp_path):
             engine.network[0].weight.fill_(float("nan"))
 
     trainer.add_event_handler(Events.EPOCH_STARTED, spoil)
-    with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms .*prior"):
+    with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms mean, twice"):
         trainer.run()
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before
-
-
-class Counter:
-    """A monitor that counts epochs, and has to see them before the formulation moves on."""
-
-    def __init__(self, barrier):
-        self.barrier = barrier
-        self.seen: list[float] = []
-
-    def attach(self, engine):
-        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda _: self.seen.append(float(self.barrier.t)))
-
-    def state_dict(self):
-        return {"seen": torch.tensor(self.seen)}
-
-    def load_state_dict(self, state):
-        self.seen = state["seen"].tolist()
-
-
-def test_monitors_look_before_the_step_and_are_resumed(make_trainer, items, tmp_path):
-    def run(max_epochs):
-        barrier = LogBarrierExtension(t=2.0, factor=2.0)
-        loss = CombinedLoss({"prior": BoxPriorLoss(barrier, sigmoid=True, width=1)}, keys={"prior": "boxes"})
-        monitor = Counter(barrier)
-        network = nn.Conv2d(1, 1, 1)
-        handlers = training_handlers(
-            loss=loss,
-            evaluator=SupervisedEvaluator(torch.device("cpu"), DataLoader(Dataset(items)), nn.Identity()),
-            objects={"network": network, "loss": loss},
-            output_dir=str(tmp_path),
-            seed=0,
-            dataset=None,
-            formulation=[barrier],
-            monitors=[monitor],
-            validate=False,
-        )
-        make_trainer(items, max_epochs=max_epochs, loss_function=loss, handlers=handlers).run()
-        return monitor.seen
-
-    assert run(2) == [2.0, 4.0]
-    assert run(3) == [2.0, 4.0, 8.0]

@@ -13,6 +13,7 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
+from medconstraints.engines import TargetTrainer
 from medconstraints.formulations import LogBarrierExtension
 from medconstraints.handlers import (
     EpochSeedHandler,
@@ -20,7 +21,6 @@ from medconstraints.handlers import (
     SamplerEpochHandler,
     SaveBestHandler,
     SaveLatestHandler,
-    StepFormulationHandler,
 )
 
 
@@ -41,13 +41,13 @@ def stop_after(engine, epoch):
 # EpochSeedHandler
 
 
-def draws_of_run(seed, *, first_epoch=1, max_epochs=3, rank=0):
+def draws_of_run(seed, *, first_epoch=1, max_epochs=3):
     """What three generators and a random transform draw in each epoch."""
     noisy = Dataset([{"image": torch.zeros(1, 4)}], Compose([RandGaussianNoised("image", prob=1.0)]))
     engine = Engine(lambda engine, batch: None)
     if first_epoch > 1:  # what ResumeHandler does
         engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "epoch", first_epoch - 1))
-    EpochSeedHandler(seed, noisy, rank=rank).attach(engine)
+    EpochSeedHandler(seed).attach(engine)
     draws = []
 
     @engine.on(Events.ITERATION_STARTED)
@@ -55,24 +55,22 @@ def draws_of_run(seed, *, first_epoch=1, max_epochs=3, rank=0):
         state = (torch.rand(()).item(), np.random.rand(), random.random(), *noisy[0]["image"][0].tolist())  # noqa: NPY002
         draws.append((engine.state.epoch, state))
 
-    engine.run([0], max_epochs=max_epochs)
+    engine.run(DataLoader(noisy), max_epochs=max_epochs)
     return dict(draws)
 
 
-def test_same_draws_on_resume():
+def test_same_draws_on_resume_others_with_another_seed_or_process(monkeypatch):
     whole = draws_of_run(7)
     assert list(whole) == [1, 2, 3]
     assert draws_of_run(7, first_epoch=3) == {3: whole[3]}
     assert len({draw for epoch in whole.values() for draw in epoch}) == sum(map(len, whole.values()))
+    other_seed = draws_of_run(8)
+    monkeypatch.setattr("medconstraints.handlers.resume.idist.get_rank", lambda: 1)
+    for other in (other_seed, draws_of_run(7)):
+        assert all(whole[epoch][i] != other[epoch][i] for epoch in whole for i in range(4))
 
 
-@pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7, "rank": 1}])
-def test_other_seed_or_process_other_draws(other):
-    one, two = draws_of_run(7), draws_of_run(**other)
-    assert all(one[epoch][i] != two[epoch][i] for epoch in one for i in range(4))
-
-
-def test_seeds_without_a_dataset_and_any_size():
+def test_any_seed_and_any_data():
     engine = Engine(lambda engine, batch: torch.rand(()).item())
     EpochSeedHandler(2**31 - 1).attach(engine)  # the sum with the epoch does not fit numpy's 32 bits
     first = engine.run([0], max_epochs=5).output
@@ -82,21 +80,14 @@ def test_seeds_without_a_dataset_and_any_size():
 
 
 def test_sampler_is_told_the_epoch():
-    class Sampler:
-        def __init__(self):
-            self.epochs = []
-
-        def set_epoch(self, epoch):
-            self.epochs.append(epoch)
-
-    sampler = Sampler()
+    epochs = []
     engine = Engine(lambda engine, batch: None)
-    SamplerEpochHandler(sampler).attach(engine)
+    SamplerEpochHandler(type("Sampler", (), {"set_epoch": lambda self, epoch: epochs.append(epoch)})()).attach(engine)
     engine.run([0, 0], max_epochs=3)
-    assert sampler.epochs == [1, 2, 3]
+    assert epochs == [1, 2, 3]
 
 
-# SaveBestHandler
+# SaveBestHandler, SaveLatestHandler
 
 
 def evaluator_of(network, handlers):
@@ -117,28 +108,26 @@ def network_of(weight=0.0):
     return network
 
 
-def validate(evaluator, network, weights, first_epoch=1):
+def validate(evaluator, path, weights, first_epoch=1):
     """Saved weight after each validation."""
     saved = []
     for epoch, weight in enumerate(weights, start=first_epoch):
         with torch.no_grad():
-            network.weight.fill_(weight)
+            evaluator.network.weight.fill_(weight)
         evaluator.run(epoch)
-        path = evaluator.path
         saved.append(torch.load(path, weights_only=True)["weight"].item() if path.exists() else None)
     return saved
 
 
 def test_saves_only_what_is_better_than_ever(tmp_path, caplog):
-    network = network_of()
-    evaluator = evaluator_of(network, [SaveBestHandler(network, tmp_path / "run" / "model.pt")])
-    evaluator.path = tmp_path / "run" / "model.pt"
+    path = tmp_path / "run" / "model.pt"
+    evaluator = evaluator_of(network_of(), [SaveBestHandler(path)])
     with caplog.at_level(logging.INFO, "medconstraints"):
-        assert validate(evaluator, network, [1, 3, 2, 3, 4]) == [1, 3, 3, 3, 4]
+        assert validate(evaluator, path, [1, 3, 2, 3, 4]) == [1, 3, 3, 3, 4]
     assert [r.message for r in caplog.records if r.name.startswith("medconstraints")] == [
         f"best key metric {best:.4f}: saved model.pt" for best in (1, 3, 4)
     ]
-    assert [path.name for path in evaluator.path.parent.iterdir()] == ["model.pt"]
+    assert [file.name for file in path.parent.iterdir()] == ["model.pt"]
 
 
 def test_best_weights_of_a_distributed_network_have_plain_names(tmp_path):
@@ -146,26 +135,25 @@ def test_best_weights_of_a_distributed_network_have_plain_names(tmp_path):
     network = nn.Module.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(network)
     network.module = network_of(2)
-    engine = Engine(lambda engine, batch: None)
-    engine.state.best_metric, engine.state.best_metric_epoch = 1.0, engine.state.epoch
-    SaveBestHandler(network, tmp_path / "model.pt")(engine)
+    evaluator = evaluator_of(network, [])
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch = 1.0, evaluator.state.epoch
+    SaveBestHandler(tmp_path / "model.pt")(evaluator)
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight"}
 
 
 def test_the_best_value_survives_a_restart(tmp_path):
     """MONAI's own CheckpointSaver would overwrite the weights of epoch 2 with the worse ones of epoch 3."""
+    path = tmp_path / "model.pt"
 
     def run(weights, first_epoch):
-        network = network_of()
-        evaluator = evaluator_of(network, [SaveBestHandler(network, tmp_path / "model.pt")])
-        evaluator.path = tmp_path / "model.pt"
+        evaluator = evaluator_of(network_of(), [SaveBestHandler(path)])
         trainer = Engine(lambda engine, batch: None)
-        ResumeHandler(tmp_path / "last.pt", {"network": network}, evaluator=evaluator).attach(trainer)
+        ResumeHandler(tmp_path / "last.pt", evaluator=evaluator).attach(trainer)
         saved = []
         trainer.add_event_handler(
             Events.EPOCH_STARTED,
             lambda engine: saved.extend(
-                validate(evaluator, network, [weights[engine.state.epoch - first_epoch]], engine.state.epoch)
+                validate(evaluator, path, [weights[engine.state.epoch - first_epoch]], engine.state.epoch)
             ),
         )
         trainer.run([0], max_epochs=first_epoch + len(weights) - 1)
@@ -175,47 +163,77 @@ def test_the_best_value_survives_a_restart(tmp_path):
     assert run([2, 2.5, 4], 3) == [3, 3, 4]
 
 
+def test_latest_weights_after_each_epoch(tmp_path, caplog):
+    network = network_of(1)
+    engine = Engine(lambda engine, batch: network.weight.data.add_(1))
+    engine.network = network
+    SaveLatestHandler(tmp_path / "run" / "model.pt").attach(engine)
+    saved = []
+    engine.add_event_handler(
+        Events.EPOCH_COMPLETED,
+        lambda engine: saved.append(torch.load(tmp_path / "run" / "model.pt", weights_only=True)["weight"].item()),
+    )
+    engine.run([0], max_epochs=3)
+    assert saved == [2, 3, 4]
+    assert "nothing is validated, model.pt gets the weights of the latest epoch" in caplog.text
+
+
 # ResumeHandler
 
 
-class Run:
-    """A network with dropout, momentum, a learning rate schedule and a barrier, trained on random data."""
+class BarrierLoss(nn.Module):
+    """The log-barrier of the output: a loss with a state."""
 
-    def __init__(self, folder, *, max_epochs, width=8, save=True, settings=None):
-        torch.manual_seed(1)  # a new process starts from its own state
-        self.network = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.1)
-        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+    def __init__(self):
+        super().__init__()
         self.barrier = LogBarrierExtension(factor=1.1)
-        self.engine = Engine(self.update)
-        self.max_epochs = max_epochs
-        objects = {
-            "network": self.network,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "barrier": self.barrier,
-        }
-        self.engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.scheduler.step())
-        EpochSeedHandler(0).attach(self.engine)
-        StepFormulationHandler(self.barrier).attach(self.engine)
-        ResumeHandler(folder / "last.pt", objects, save=save, settings=settings).attach(self.engine)
 
-    def update(self, engine, batch):
-        self.optimizer.zero_grad()
-        loss = self.barrier(self.network(torch.randn(3, 4))).mean()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+    def forward(self, input, target):
+        return self.barrier(input).mean()
+
+
+class Run:
+    """A network with dropout, momentum, a learning rate schedule, a barrier and a counter, on random data."""
+
+    def __init__(self, folder, *, max_epochs, width=8, settings=None, scaler=None):
+        torch.manual_seed(1)  # a new process starts from its own state
+        network = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        self.loss = BarrierLoss()
+        self.counters = {"seen": 0, "mean": 0.0}
+        self.engine = TargetTrainer(
+            device="cpu",
+            max_epochs=max_epochs,
+            train_data_loader=[0, 1, 2],
+            network=network,
+            optimizer=optimizer,
+            loss_function=self.loss,
+            prepare_batch=lambda *_, **__: (torch.randn(3, 4), torch.zeros(3)),
+            decollate=False,
+        )
+        self.engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine, "scaler", scaler))
+        self.engine.add_event_handler(Events.EPOCH_COMPLETED, self.after_epoch)
+        EpochSeedHandler(0).attach(self.engine)
+        objects = {"schedule": self.schedule}
+        resume = ResumeHandler(folder / "last.pt", objects, counters=self.counters, settings=settings)
+        resume.attach(self.engine)
+
+    def after_epoch(self, engine):
+        self.schedule.step()
+        self.loss.barrier.step()
+        self.counters["seen"] += 1
+        self.counters["mean"] += 0.5
 
     def __call__(self):
-        self.engine.run(range(3), max_epochs=self.max_epochs)
+        self.engine.run()
         return self
 
     def state(self):
         return [
-            *(p.clone() for p in self.network.parameters()),
-            self.barrier.t.clone(),
-            torch.tensor(self.scheduler.get_last_lr()),
+            *(p.clone() for p in self.engine.network.parameters()),
+            self.loss.barrier.t.clone(),
+            torch.tensor([*self.schedule.get_last_lr(), *self.counters.values()]),
         ]
 
 
@@ -231,6 +249,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path, caplog):
     assert "resumed after epoch 2 from last.pt" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
     assert (again.engine.state.epoch, again.engine.state.iteration) == (4, 12)
+    assert again.counters == {"seen": 4, "mean": 2.0}
     # ... and this test can fail: the state of the network alone is not enough.
     assert not torch.equal(cut.state()[0], whole.state()[0])
 
@@ -247,11 +266,10 @@ def test_all_epochs_done(tmp_path, caplog):
     assert Run(tmp_path, max_epochs=3)().engine.state.epoch == 3
 
 
-def test_only_the_first_process_writes(tmp_path):
-    Run(tmp_path, max_epochs=1, save=False)()
-    assert not list(tmp_path.iterdir())
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
     Run(tmp_path, max_epochs=1)()
-    assert Run(tmp_path, max_epochs=2, save=False)().engine.state.epoch == 2
+    monkeypatch.setattr("medconstraints.handlers.resume.idist.get_rank", lambda: 1)
+    assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2
     assert torch.load(tmp_path / "last.pt", weights_only=True)["trainer"]["epoch"] == 1
 
 
@@ -268,7 +286,6 @@ def test_a_kill_while_writing_leaves_the_former_state(tmp_path, monkeypatch):
         Run(tmp_path, max_epochs=2)()
     monkeypatch.undo()
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert (tmp_path / "last.pt.part").exists()
     assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2  # the leftover does no harm,
     assert not (tmp_path / "last.pt.part").exists()  # and is used up by the next write
 
@@ -283,15 +300,15 @@ class Payload:
         return self.path.touch, ()
 
 
-@pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "pickle with code"])
+@pytest.mark.parametrize("spoil", ["truncated", "text", "pickle with code"])
 def test_unreadable_state_gives_a_clear_error(tmp_path, spoil):
     Run(tmp_path, max_epochs=1)()
     path = tmp_path / "last.pt"
     if spoil == "pickle with code":
-        torch.save({"network": Payload(tmp_path / "ran")}, path)
+        torch.save({"objects": Payload(tmp_path / "ran")}, path)
     else:
         content = path.read_bytes()
-        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"epoch 1"}[spoil])
+        path.write_bytes({"truncated": content[: len(content) // 2], "text": b"epoch 1"}[spoil])
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match=r"last\.pt: the last state of this run cannot be read .*; move it away"):
         Run(tmp_path, max_epochs=2)()
@@ -302,14 +319,11 @@ def test_unreadable_state_gives_a_clear_error(tmp_path, spoil):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("barrier"), r"last\.pt: has no state of \['barrier'\]; it belongs to another run"),
-        (lambda state: state.pop("trainer"), r"last\.pt: has no state of \['trainer'\]; it belongs to another run"),
-        (lambda state: [state.pop(k) for k in ("optimizer", "network")], r"no state of \['network', 'optimizer'\]"),
-        (lambda state: state["network"].pop("0.bias"), r"last\.pt: the state of 'network' does not fit .*move it away"),
-        (
-            lambda state: state["optimizer"]["param_groups"].pop(),
-            r"last\.pt: the state of 'optimizer' does not fit .*move it away",
-        ),
+        (lambda state: state["objects"].pop("loss"), r"no state of \['loss'\]; it belongs to another run"),
+        (lambda state: state["counters"].pop("seen"), r"no state of \['seen'\]"),
+        (lambda state: state.pop("trainer"), r"is no state of a run, it lacks \['trainer'\]"),
+        (lambda state: state["objects"]["network"].pop("0.bias"), r"the state of 'network' does not fit .*move it"),
+        (lambda state: state["objects"]["optimizer"]["param_groups"].pop(), r"the state of 'optimizer' does not fit"),
     ],
 )
 def test_state_of_another_run(tmp_path, change, message):
@@ -327,38 +341,43 @@ def test_weights_of_another_architecture(tmp_path):
         Run(tmp_path, max_epochs=2, width=5)()
 
 
-def test_a_plain_checkpoint_is_no_state_of_a_run(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "last.pt")
-    with pytest.raises(RuntimeError, match=r"last\.pt: has no state of .*network"):
-        Run(tmp_path, max_epochs=1)()
+def test_what_has_no_state_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"objects: .*got list for 'seen'"):
+        ResumeHandler(tmp_path / "last.pt", {"seen": []})
+
+
+class Scaler:
+    """Stands in for the scaler of mixed precision, which a machine without a GPU disables."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def state_dict(self):
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state):
+        self.factor = state["factor"]
+
+    def scale(self, loss):
+        return loss
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    def update(self):
+        """Nothing to adapt."""
 
 
 def test_the_scale_of_mixed_precision_is_kept(tmp_path):
-    class Scaler:
-        def __init__(self, scale):
-            self.scale = scale
-
-        def state_dict(self):
-            return {"scale": self.scale}
-
-        def load_state_dict(self, state):
-            self.scale = state["scale"]
-
-    first = Run(tmp_path, max_epochs=1)
-    first.engine.scaler = Scaler(2.0)
-    first()
-    second = Run(tmp_path, max_epochs=2)
-    second.engine.scaler = Scaler(65536.0)
-    second()
-    assert second.engine.scaler.scale == 2.0
-    for scaler in (None, torch.GradScaler("cpu", enabled=False)):  # whose state is empty
-        third = Run(tmp_path, max_epochs=3)
-        third.engine.scaler = scaler
-        assert third().engine.state.epoch == 3
-        third = Run(tmp_path, max_epochs=4)
-        third.engine.scaler = Scaler(4.0)
-        assert third().engine.scaler.scale == 4.0
-        (tmp_path / "last.pt").unlink()
+    Run(tmp_path, max_epochs=1, scaler=Scaler(2.0))()
+    scaler = Scaler(65536.0)
+    Run(tmp_path, max_epochs=2, scaler=scaler)()
+    assert scaler.factor == 2.0
+    for epoch, other in ((3, None), (5, torch.GradScaler("cpu", enabled=False))):  # whose state is empty
+        Run(tmp_path, max_epochs=epoch, scaler=other)()
+        fresh = Scaler(4.0)
+        assert Run(tmp_path, max_epochs=epoch + 1, scaler=fresh)().engine.state.epoch == epoch + 1
+        assert fresh.factor == 4.0
 
 
 # Settings of the run
@@ -404,20 +423,3 @@ def test_a_state_without_settings_goes_on_with_a_warning(tmp_path, caplog):
 def test_settings_that_are_not_json(tmp_path):
     with pytest.raises(TypeError, match="settings: expected numbers, strings, lists and dictionaries"):
         ResumeHandler(tmp_path / "last.pt", {}, settings={"device": torch.device("cpu")})
-
-
-# SaveLatestHandler
-
-
-def test_latest_weights_after_each_epoch(tmp_path, caplog):
-    network = network_of(1)
-    engine = Engine(lambda engine, batch: network.weight.data.add_(1))
-    SaveLatestHandler(network, tmp_path / "run" / "model.pt").attach(engine)
-    saved = []
-    engine.add_event_handler(
-        Events.EPOCH_COMPLETED,
-        lambda engine: saved.append(torch.load(tmp_path / "run" / "model.pt", weights_only=True)["weight"].item()),
-    )
-    engine.run([0], max_epochs=3)
-    assert saved == [2, 3, 4]
-    assert "nothing is validated, model.pt gets the weights of the latest epoch" in caplog.text

@@ -1,0 +1,119 @@
+"""MONAI's trainer for losses that say which targets they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from ignite.metrics import Metric
+from monai.engines import IterationEvents, SupervisedTrainer, default_prepare_batch
+from monai.inferers import Inferer
+from monai.transforms import Transform
+from monai.utils.enums import CommonKeys
+from torch import nn
+from torch.optim import Optimizer
+
+from medconstraints.engines.prepare_batch import PrepareBatchTargets
+from medconstraints.losses.base import TargetLoss
+
+__all__ = ["TargetTrainer"]
+
+
+class TargetTrainer(SupervisedTrainer):
+    """MONAI's `SupervisedTrainer` that takes the targets of a batch from what its loss says it reads.
+
+    Postprocessing and metrics find the plain label of the batch where they look for it, not the dictionary of targets
+    that the loss got; without a label in the batch there is none.
+
+    Args:
+        device: where the network and the loss are; the loss is moved there.
+        max_epochs: epochs of the run.
+        train_data_loader: batches, dictionaries.
+        network: the network, on the device.
+        optimizer: of the network's parameters.
+        loss_function: `(output, target) -> scalar`; one that is no `TargetLoss`, such as MONAI's, gets the label.
+        train_handlers: attached when all else is set, so that they find the network, the optimizer and the loss.
+        prepare_batch: None takes `PrepareBatchTargets(loss_function)`, or MONAI's default for a loss of others.
+        inferer: None is a `SimpleInferer`.
+        postprocessing, key_train_metric, additional_metrics: for metrics of the training, as in MONAI.
+        amp: mixed precision; None uses it on a GPU.
+        amp_kwargs: arguments of `torch.autocast`, such as `{"dtype": torch.bfloat16}`.
+        epoch_length, non_blocking, decollate, compile, accumulation_steps: as in MONAI.
+
+    Example:
+        >>> from monai.losses import DiceLoss
+        >>> network = nn.Conv2d(1, 2, 1)
+        >>> trainer = TargetTrainer(
+        ...     device="cpu", max_epochs=1, network=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+        ...     train_data_loader=[{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}],
+        ...     loss_function=DiceLoss(softmax=True, to_onehot_y=True))
+        >>> trainer.run()
+        >>> trainer.state.epoch
+        1
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str | torch.device,
+        max_epochs: int,
+        train_data_loader: Iterable[Any],
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss_function: Callable[..., Any],
+        train_handlers: Sequence[Any] | None = None,
+        prepare_batch: Callable[..., Any] | None = None,
+        inferer: Inferer | None = None,
+        postprocessing: Transform | None = None,
+        key_train_metric: dict[str, Metric] | None = None,
+        additional_metrics: dict[str, Metric] | None = None,
+        amp: bool | None = None,
+        amp_kwargs: dict[str, Any] | None = None,
+        epoch_length: int | None = None,
+        non_blocking: bool = False,
+        decollate: bool = True,
+        compile: bool = False,
+        accumulation_steps: int = 1,
+    ) -> None:
+        device = torch.device(device)
+        if isinstance(loss_function, nn.Module):
+            loss_function = loss_function.to(device)
+        if prepare_batch is None:
+            ours = isinstance(loss_function, TargetLoss)
+            prepare_batch = PrepareBatchTargets(loss_function) if ours else default_prepare_batch
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            prepare_batch=prepare_batch,
+            inferer=inferer,
+            postprocessing=postprocessing,
+            key_train_metric=key_train_metric,
+            additional_metrics=additional_metrics,
+            amp=device.type == "cuda" if amp is None else amp,
+            amp_kwargs=amp_kwargs,
+            epoch_length=epoch_length,
+            non_blocking=non_blocking,
+            decollate=decollate,
+            compile=compile,
+            accumulation_steps=accumulation_steps,
+        )
+        # Before the batch is taken apart for postprocessing and metrics.
+        self.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._restore_label)
+        self._register_handlers(train_handlers or ())
+
+    @staticmethod
+    def _restore_label(engine: Engine) -> None:
+        output: Any = engine.state.output
+        if not isinstance(output[CommonKeys.LABEL], Mapping):
+            return
+        label = engine.state.batch.get(CommonKeys.LABEL)
+        if label is None:
+            del output[CommonKeys.LABEL]
+        else:
+            output[CommonKeys.LABEL] = label.to(output[CommonKeys.PRED].device)
