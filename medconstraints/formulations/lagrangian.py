@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medconstraints.formulations.base import Formulation
+from medconstraints.checks import number, plain, whole_number
+from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["AugmentedLagrangian", "Lagrangian", "ReLULagrangian"]
 
@@ -25,19 +26,54 @@ class _DualVariables(Formulation):
     needs_index = True
     has_multipliers = True
 
-    def __init__(self, rows: int, learning_rate: float, max_multiplier: float | None, initial: float) -> None:
+    def __init__(self, rows: int, max_multiplier: float | None, initial: float) -> None:
         super().__init__()
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise ValueError(f"learning_rate: expected a number > 0 (step of the multipliers), got {learning_rate!r}.")
-        if not (math.isfinite(initial) and initial >= 0):
-            raise ValueError(f"initial: expected a number >= 0, got {initial!r}.")
+        self.rows = rows
+        self.initial = number("initial", initial, least=0)
         if max_multiplier is not None and not max_multiplier > initial:
             raise ValueError(f"max_multiplier: expected None or a number > {initial:g}, got {max_multiplier!r}.")
-        self.rows = rows
-        self.learning_rate = float(learning_rate)
         self.max_multiplier = max_multiplier
-        self.initial = float(initial)
         self.register_buffer("multipliers", torch.zeros(rows, 0))
+        self.forget()
+
+    @abstractmethod
+    def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        """Of residuals (B, K) with their multipliers (B, K)."""
+
+    @abstractmethod
+    def _slope(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        """Derivative of the cost."""
+
+    @abstractmethod
+    def _ascent(self, total: Tensor, visits: Tensor) -> Tensor:
+        """Step of the multipliers from the residuals of an epoch: their sums (rows, K), and visits (rows, 1)."""
+
+    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """Cost of each residual, same shape, at least float32; in training it is remembered until the next step.
+
+        Args:
+            residual: (B, ...), the constraints of each sample.
+            index: number of each sample in the data set, (B,), best on the CPU; only read with `needs_index`.
+
+        Raises:
+            ValueError: no index, one out of range, or another number of constraints than before.
+        """
+        flat = self._flat(residual)
+        rows = self._table_rows(index, flat)
+        if self.training:
+            self._observe(flat.detach(), rows)
+        return self._cost(flat, self.multipliers[rows].to(flat)).view(residual.shape)
+
+    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
+        """Slope of the cost of each constraint, same shape, no gradient; it is not remembered."""
+        with torch.no_grad():
+            flat = self._flat(residual)
+            return self._slope(flat, self.multipliers[self._table_rows(index, flat)].to(flat)).view(residual.shape)
+
+    def step(self) -> None:
+        """Dual step; see the class. It forgets the residuals."""
+        moved = self.multipliers + self._ascent(*self._seen())
+        self.multipliers.copy_(moved.clamp(min=0, max=self.max_multiplier))
         self.forget()
 
     def forget(self) -> None:
@@ -55,24 +91,9 @@ class _DualVariables(Formulation):
             return {}
         return {"multiplier_mean": self.multipliers.mean(), "multiplier_max": self.multipliers.max()}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        saved = state_dict.get(prefix + "multipliers")
-        if saved is not None and saved.dim() == 2:
-            if len(saved) != self.rows:
-                arguments[-1].append(
-                    f"{prefix}multipliers: the state has {len(saved)} rows, one for each sample, but num_samples is "
-                    f"{self.rows}; train on the data set of that state, or start anew."
-                )
-                return
-            self.multipliers = saved.new_empty(saved.shape).to(self.multipliers.device)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
     def _flat(self, residual: Tensor) -> Tensor:
-        """Residuals as (B, K), at least float32, and a table that fits them."""
-        if hasattr(residual, "as_tensor"):
-            residual = residual.as_tensor()
-        if residual.dtype in (torch.float16, torch.bfloat16):
-            residual = residual.float()
+        """Residuals as (B, K), and a table that fits them."""
+        residual = at_least_float32(plain(residual))
         flat = residual.reshape(residual.shape[0], -1) if residual.dim() else residual.reshape(1, 1)
         if self.multipliers.shape[1] == 0 and flat.shape[1]:
             shape = self.rows, flat.shape[1]
@@ -86,15 +107,16 @@ class _DualVariables(Formulation):
             self.multipliers = self.multipliers.to(flat.device)
         return flat
 
-    def _checked_index(self, index: Tensor | None, flat: Tensor) -> Tensor:
+    def _table_rows(self, index: Tensor | None, flat: Tensor) -> Tensor:
+        """Row of the table of each sample."""
+        if not self.needs_index:
+            return torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
         if index is None:
             raise ValueError(
                 f"index: {type(self).__name__} has a multiplier for every sample; give the samples' numbers in the "
                 'data set, (B,), or a target {"bounds": ..., "index": ...} to the loss.'
             )
-        index = torch.as_tensor(index)
-        if hasattr(index, "as_tensor"):
-            index = index.as_tensor()
+        index = plain(torch.as_tensor(index))
         if index.shape != flat.shape[:1] or index.is_floating_point():
             raise ValueError(
                 f"index: expected {len(flat)} whole numbers, one for each sample, got {index.dtype} of shape "
@@ -108,37 +130,42 @@ class _DualVariables(Formulation):
             )
         return index.to(flat.device, torch.int64, non_blocking=True)
 
-    def _observe(self, flat: Tensor, index: Tensor) -> None:
-        if not self.training:
-            return
-        with torch.no_grad():
-            if self._sum is None or self._visits is None:
-                self._sum = flat.new_zeros(self.multipliers.shape)
-                self._visits = flat.new_zeros(self.rows, 1)
-            # Out of place: the sums may be of another type or device than before.
-            self._sum = self._sum.to(flat).index_add(0, index, flat.detach())
-            self._visits = self._visits.to(flat).index_add(0, index, flat.new_ones(len(flat), 1))
+    def _observe(self, flat: Tensor, rows: Tensor) -> None:
+        if self._sum is None or self._visits is None:
+            self._sum = flat.new_zeros(self.multipliers.shape)
+            self._visits = flat.new_zeros(self.rows, 1)
+        # Out of place: the sums may be of another type or device than before.
+        self._sum = self._sum.to(flat).index_add(0, rows, flat)
+        self._visits = self._visits.to(flat).index_add(0, rows, flat.new_ones(len(flat), 1))
 
     def _seen(self) -> tuple[Tensor, Tensor]:
         """Sums and visits since the last step, over all processes; a process that saw nothing adds zeros."""
         total = torch.zeros_like(self.multipliers) if self._sum is None else self._sum.float()
         visits = self.multipliers.new_zeros(self.rows, 1) if self._visits is None else self._visits.float()
-        self.forget()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             dist.all_reduce(visits)
         return total, visits
 
-    def _set(self, multipliers: Tensor) -> None:
-        self.multipliers.copy_(multipliers.clamp(min=0, max=self.max_multiplier))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(prefix + "multipliers")
+        if saved is not None and saved.dim() == 2:
+            if len(saved) != self.rows:
+                arguments[-1].append(
+                    f"{prefix}multipliers: the state has {len(saved)} rows, one for each sample, but num_samples is "
+                    f"{self.rows}; train on the data set of that state, or start anew."
+                )
+                return
+            self.multipliers = saved.new_empty(saved.shape).to(self.multipliers.device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class Lagrangian(_DualVariables):
     """Standard Lagrangian: cost lambda z, one multiplier for each constraint of each sample (Kervadec 2020, eq. 3.2).
 
     `step()`, once after each epoch, is the projected gradient ascent: lambda <- max(0, lambda + learning_rate z), with
-    z the mean residual over the sample's visits in that epoch. The residuals are those seen in training; the thesis
-    makes an epoch of its own for them, see `DualPassHandler`.
+    z the mean residual over the sample's visits in that epoch; samples that were not seen keep theirs. The residuals
+    are those seen in training; the thesis makes an epoch of its own for them, see `DualPassHandler`.
 
     Args:
         num_samples: samples in the data set.
@@ -161,33 +188,17 @@ class Lagrangian(_DualVariables):
     def __init__(
         self, num_samples: int, *, learning_rate: float, max_multiplier: float | None = None, initial: float = 0.0
     ) -> None:
-        super().__init__(_checked_samples(num_samples), learning_rate, max_multiplier, initial)
+        super().__init__(whole_number("num_samples", num_samples, 1), max_multiplier, initial)
+        self.learning_rate = number("learning_rate", learning_rate, above=0)
 
-    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """Cost of each residual, same shape, at least float32.
+    def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        return multipliers * residual
 
-        Args:
-            residual: (B, ...), the constraints of each sample.
-            index: number of each sample in the data set, (B,), best on the CPU.
+    def _slope(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        return multipliers
 
-        Raises:
-            ValueError: no index, one out of range, or another number of constraints than before.
-        """
-        flat = self._flat(residual)
-        rows = self._checked_index(index, flat)
-        self._observe(flat, rows)
-        return (self.multipliers[rows].to(flat) * flat).view(residual.shape)
-
-    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """Multiplier of each constraint, same shape, no gradient."""
-        with torch.no_grad():
-            flat = self._flat(residual)
-            return self.multipliers[self._checked_index(index, flat)].to(flat).view(residual.shape)
-
-    def step(self) -> None:
-        """Dual step; see the class. Samples not seen since the last step keep their multipliers."""
-        total, visits = self._seen()
-        self._set(self.multipliers + self.learning_rate * total / visits.clamp(min=1))
+    def _ascent(self, total: Tensor, visits: Tensor) -> Tensor:
+        return self.learning_rate * total / visits.clamp(min=1)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
@@ -219,28 +230,20 @@ class ReLULagrangian(_DualVariables):
     needs_index = False
 
     def __init__(self, *, learning_rate: float, max_multiplier: float | None = None, initial: float = 0.0) -> None:
-        super().__init__(1, learning_rate, max_multiplier, initial)
+        super().__init__(1, max_multiplier, initial)
+        self.learning_rate = number("learning_rate", learning_rate, above=0)
 
-    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """Cost of each residual (B, ...), same shape, at least float32.
+    def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        return multipliers * residual.clamp(min=0)
 
-        Raises:
-            ValueError: another number of constraints than before.
-        """
-        flat = self._flat(residual).clamp(min=0)
-        self._observe(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
-        return (self.multipliers.to(flat) * flat).view(residual.shape)
+    def _slope(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        return multipliers * (residual > 0)
 
-    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """Multiplier of each violated constraint, 0 for the others, same shape, no gradient."""
-        with torch.no_grad():
-            flat = self._flat(residual)
-            return (self.multipliers.to(flat) * (flat > 0)).view(residual.shape)
+    def _observe(self, flat: Tensor, rows: Tensor) -> None:
+        super()._observe(flat.clamp(min=0), rows)
 
-    def step(self) -> None:
-        """Dual step; see the class."""
-        total, _ = self._seen()
-        self._set(self.multipliers + self.learning_rate * total)
+    def _ascent(self, total: Tensor, visits: Tensor) -> Tensor:
+        return self.learning_rate * total
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
@@ -252,7 +255,8 @@ class AugmentedLagrangian(_DualVariables):
 
     The method of multipliers (Hestenes 1969, Powell 1969, Rockafellar 1973; Bertsekas 1982, section 3.1): a penalty
     whose multipliers make it exact at a finite rho. `step()`, once after each epoch: lambda <- [lambda + rho z]+, with
-    z the mean residual over the sample's visits, then rho <- min(factor rho, max_penalty).
+    z the mean residual over the sample's visits, then rho <- min(factor rho, max_penalty). Samples that were not seen
+    keep their multipliers.
 
     Args:
         num_samples: samples in the data set.
@@ -283,50 +287,34 @@ class AugmentedLagrangian(_DualVariables):
         max_multiplier: float | None = None,
         initial: float = 0.0,
     ) -> None:
-        if not (math.isfinite(penalty) and penalty > 0):
-            raise ValueError(f"penalty: expected a number > 0, got {penalty!r}.")
-        if not (math.isfinite(factor) and factor >= 1):
-            raise ValueError(f"factor: expected a number >= 1, got {factor!r}; 1 keeps the penalty constant.")
+        super().__init__(whole_number("num_samples", num_samples, 1), max_multiplier, initial)
+        penalty = number("penalty", penalty, above=0)
         if max_penalty is not None and not max_penalty >= penalty:
             raise ValueError(f"max_penalty: expected None or a number >= penalty = {penalty}, got {max_penalty!r}.")
-        super().__init__(_checked_samples(num_samples), penalty, max_multiplier, initial)
-        self.factor = factor
+        self.factor = number("factor", factor, least=1)
         self.max_penalty = max_penalty
-        self.register_buffer("penalty", torch.tensor(float(penalty)))
+        self.register_buffer("penalty", torch.tensor(penalty))
 
-    def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """Cost of each residual, same shape, at least float32; arguments and errors as for `Lagrangian`."""
-        flat = self._flat(residual)
-        rows = self._checked_index(index, flat)
-        self._observe(flat, rows)
-        multipliers, rho = self.multipliers[rows].to(flat), self.penalty.to(flat)
+    def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        rho = self.penalty.to(residual)
         # Without the difference of two large squares: where the bracket is positive, lambda z + rho z^2 / 2.
-        cost = torch.where(
-            multipliers + rho * flat > 0, flat * (multipliers + rho * flat / 2), -multipliers.square() / (2 * rho)
+        return torch.where(
+            multipliers + rho * residual > 0,
+            residual * (multipliers + rho * residual / 2),
+            -multipliers.square() / (2 * rho),
         )
-        return cost.view(residual.shape)
 
-    def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
-        """[lambda + rho z]+ of each constraint, the slope of its cost, same shape, no gradient."""
-        with torch.no_grad():
-            flat = self._flat(residual)
-            multipliers = self.multipliers[self._checked_index(index, flat)]
-            return (multipliers + self.penalty.to(flat) * flat).clamp(min=0).view(residual.shape)
+    def _slope(self, residual: Tensor, multipliers: Tensor) -> Tensor:
+        return (multipliers + self.penalty.to(residual) * residual).clamp(min=0)
+
+    def _ascent(self, total: Tensor, visits: Tensor) -> Tensor:
+        return self.penalty.to(total) * total / visits.clamp(min=1)
 
     def step(self) -> None:
-        """Dual step; see the class. Samples not seen since the last step keep their multipliers."""
-        total, visits = self._seen()
-        rho = self.penalty.to(self.multipliers)
-        moved = (self.multipliers + rho * total / visits.clamp(min=1)).clamp(min=0)
-        self._set(torch.where(visits > 0, moved, self.multipliers))
+        """Dual step, then a larger penalty; see the class."""
+        super().step()
         self.penalty.mul_(self.factor).clamp_(max=self.max_penalty if self.max_penalty is not None else 1e30)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
         return f"num_samples={self.rows}, penalty={float(self.penalty):g}, factor={self.factor:g}"
-
-
-def _checked_samples(num_samples: int) -> int:
-    if num_samples != int(num_samples) or num_samples < 1:
-        raise ValueError(f"num_samples: expected an integer >= 1, the length of the data set, got {num_samples!r}.")
-    return int(num_samples)

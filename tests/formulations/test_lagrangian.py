@@ -24,18 +24,6 @@ each = pytest.mark.parametrize("name", MAKERS)
 each_indexed = pytest.mark.parametrize("name", INDEXED)
 
 
-def call(formulation, residual, index):
-    """The cost, with the index where the formulation needs it."""
-    return formulation(residual, index) if getattr(formulation, "needs_index", False) else formulation(residual)
-
-
-def dual(formulation, residual, index):
-    """The multipliers, with the index where the formulation needs it."""
-    return (
-        formulation.dual(residual, index) if getattr(formulation, "needs_index", False) else formulation.dual(residual)
-    )
-
-
 def batch_of(samples, rng, dtype=torch.float32):
     """Residuals of both signs, none of them near 0, and the index."""
     values = rng.uniform(0.1, 3, (len(samples), *SHAPE)) * rng.choice([-1, 1], (len(samples), *SHAPE))
@@ -46,7 +34,7 @@ def trained(name, rng, epochs=2, **options):
     """A formulation with multipliers that differ, some of them 0."""
     formulation = MAKERS[name](**options)
     for _ in range(epochs):
-        call(formulation, *batch_of(list(range(NUM_SAMPLES)), rng))
+        formulation(*batch_of(list(range(NUM_SAMPLES)), rng))
         formulation.step()
     return formulation
 
@@ -78,7 +66,7 @@ def test_cost_equals_the_reference(name, rng, constraint_reference):
     assert (multipliers > 0).any() and multipliers.isfinite().all()
     if name != "ReLULagrangian":
         assert (multipliers == 0).any()  # projected
-    cost = call(formulation, residual, index)
+    cost = formulation(residual, index)
     assert cost.shape == residual.shape and cost.dtype == torch.float32
     for place in torch.cartesian_prod(*map(torch.arange, residual.shape)).tolist():
         place = tuple(place)
@@ -91,20 +79,19 @@ def test_cost_equals_the_reference(name, rng, constraint_reference):
 @each
 def test_multipliers_start_at_zero(name, rng):
     formulation, (residual, index) = MAKERS[name](), batch_of([0, 1], rng)
-    cost = call(formulation, residual, index)
+    cost = formulation(residual, index)
     assert (formulation.multipliers == 0).all()
     expected = residual.clamp_min(0).square() if name == "AugmentedLagrangian" else torch.zeros_like(residual)
     torch.testing.assert_close(cost, expected)  # penalty / 2 = 1
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dual_is_the_slope(name, dtype, rng):
+def test_dual_is_the_slope(name, rng):
     formulation = trained(name, rng)
-    residual, index = batch_of([3, 0, 4], rng, dtype)
+    residual, index = batch_of([3, 0, 4], rng)
     residual.requires_grad_()
-    (slope,) = torch.autograd.grad(call(formulation, residual, index).sum(), residual)
-    value = dual(formulation, residual, index)
+    (slope,) = torch.autograd.grad(formulation(residual, index).sum(), residual)
+    value = formulation.dual(residual, index)
     assert not value.requires_grad and value.shape == residual.shape and (value >= 0).all()
     torch.testing.assert_close(value, slope)
 
@@ -113,29 +100,28 @@ def test_dual_is_the_slope(name, dtype, rng):
 def test_gradcheck(name, rng):
     formulation = trained(name, rng).double()
     residual, index = batch_of([3, 0, 4], rng, torch.float64)
-    assert torch.autograd.gradcheck(lambda z: call(formulation, z, index), residual.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: formulation(z, index), residual.requires_grad_())
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_raised(name, dtype, rng):
+def test_half_precision_is_raised(name, rng):
     formulation = trained(name, rng).eval()
     residual, index = batch_of([3, 0, 4], rng)
-    half = (1e4 * residual).to(dtype).requires_grad_()  # its square is above 65,504
-    cost = call(formulation, half, index)
+    half = (1e4 * residual).half().requires_grad_()  # its square is above 65,504
+    cost = formulation(half, index)
     cost.sum().backward()
     assert cost.dtype == torch.float32 and cost.isfinite().all()
-    assert half.grad.dtype == dtype and half.grad.isfinite().all()
-    torch.testing.assert_close(cost, call(formulation, half.detach().float(), index))
+    assert half.grad.dtype == torch.float16 and half.grad.isfinite().all()
+    torch.testing.assert_close(cost, formulation(half.detach().float(), index))
 
 
 @each
 def test_autocast_changes_nothing(name, rng):
     formulation = trained(name, rng)
     residual, index = batch_of([3, 0, 4], rng)
-    plain = call(formulation, residual, index)
+    plain = formulation(residual, index)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = call(formulation, residual, index)
+        inside = formulation(residual, index)
     assert torch.equal(inside, plain) and inside.dtype == torch.float32
 
 
@@ -143,38 +129,19 @@ def test_autocast_changes_nothing(name, rng):
 def test_a_meta_tensor_gives_a_plain_tensor(name, rng):
     formulation = trained(name, rng)
     residual, index = batch_of([3, 0, 4], rng)
-    plain = call(formulation, residual, index)
-    value = call(formulation, MetaTensor(residual), MetaTensor(index))
+    plain = formulation(residual, index)
+    value = formulation(MetaTensor(residual), MetaTensor(index))
     assert type(value) is torch.Tensor and torch.equal(value, plain)
     formulation.step()
     assert type(formulation.multipliers) is torch.Tensor
 
 
-@each
-def test_the_multipliers_are_no_parameters(name, rng):
-    formulation = trained(name, rng)
-    assert not list(formulation.parameters()) and not formulation.multipliers.requires_grad
-    residual, index = batch_of([1, 2], rng)
-    call(formulation, residual.requires_grad_(), index).sum().backward()
-    formulation.step()
-    assert not formulation.multipliers.requires_grad
-
-
-def test_who_needs_the_index():
-    needs = {name: getattr(make(), "needs_index", False) for name, make in MAKERS.items()}
-    assert needs == {"Lagrangian": True, "ReLULagrangian": False, "AugmentedLagrangian": True}
-    assert Lagrangian.needs_index and AugmentedLagrangian.needs_index
-    assert not getattr(LogBarrierExtension(), "needs_index", False)
-
-
 # Steps. An epoch is a list of batches, each a list of samples.
 
 EPOCHS = {
-    "each sample once": [[0, 1], [2, 3], [4]],
     "some samples": [[3], [1]],
     "several visits": [[0, 2], [2, 1], [2, 0]],
     "twice in one batch": [[1, 1, 4], [4, 1, 0]],
-    "one batch": [[4, 3, 2, 1, 0]],
 }
 
 
@@ -183,7 +150,7 @@ def run_epoch(formulation, batches, rng):
     visits = []
     for samples in batches:
         residual, index = batch_of(samples, rng)
-        call(formulation, residual.requires_grad_(), index).sum().backward()
+        formulation(residual.requires_grad_(), index).sum().backward()
         visits += list(zip(samples, residual.detach().double().flatten(1).tolist(), strict=True))
     return visits
 
@@ -215,7 +182,7 @@ def test_an_epoch_does_not_depend_on_its_batches(name, rng):
     for size in (1, 2, 6):
         formulation = MAKERS[name]()
         for start in range(0, 6, size):
-            call(formulation, residual[start : start + size], index[start : start + size])
+            formulation(residual[start : start + size], index[start : start + size])
         formulation.step()
         results.append(formulation.multipliers)
     torch.testing.assert_close(results[0], results[1])
@@ -226,7 +193,7 @@ def test_an_epoch_does_not_depend_on_its_batches(name, rng):
 def test_samples_that_were_not_visited_keep_their_multipliers(name, rng):
     formulation = trained(name, rng)
     before = formulation.multipliers.clone()
-    call(formulation, *batch_of([1, 3], rng))
+    formulation(*batch_of([1, 3], rng))
     formulation.step()
     same = (formulation.multipliers == before).all(1)
     assert same.tolist() == [True, False, True, False, True]
@@ -236,22 +203,12 @@ def test_samples_that_were_not_visited_keep_their_multipliers(name, rng):
 def test_multipliers_are_never_negative(name, rng):
     formulation = trained(name, rng)
     for _ in range(10):
-        call(formulation, torch.full((NUM_SAMPLES, *SHAPE), -1.0), torch.arange(NUM_SAMPLES))
+        formulation(torch.full((NUM_SAMPLES, *SHAPE), -1.0), torch.arange(NUM_SAMPLES))
         formulation.step()
     if name == "ReLULagrangian":
         assert (formulation.multipliers > 0).any()  # never decreases
     else:
         assert (formulation.multipliers == 0).all()
-
-
-def test_relu_multipliers_never_decrease(rng):
-    formulation, last = MAKERS["ReLULagrangian"](), 0.0
-    for _ in range(5):
-        call(formulation, *batch_of([0, 1], rng))
-        formulation.step()
-        assert (formulation.multipliers >= last).all()
-        last = formulation.multipliers.clone()
-    assert (last > 0).all()
 
 
 def test_largest_multiplier(rng):
@@ -284,19 +241,19 @@ def test_only_training_mode_is_observed(name, rng):
     formulation = trained(name, rng)
     before = formulation.multipliers.clone()
     formulation.eval()
-    call(formulation, *batch_of([0, 1, 2], rng))
-    dual(formulation, *batch_of([0, 1, 2], rng))
+    formulation(*batch_of([0, 1, 2], rng))
+    formulation.dual(*batch_of([0, 1, 2], rng))
     formulation.train()
-    dual(formulation, *batch_of([0, 1, 2], rng))
+    formulation.dual(*batch_of([0, 1, 2], rng))
     other = copy.deepcopy(formulation)
     formulation.step()
     assert torch.equal(formulation.multipliers, before)
     residual, index = batch_of([0, 1, 2], rng)
     for one in (formulation, other):
         one.train()
-        call(one, residual, index)
+        one(residual, index)
         one.eval()
-        call(one, 10 * residual, index)
+        one(10 * residual, index)
         one.step()
     if name != "AugmentedLagrangian":
         assert not torch.equal(other.multipliers, before)
@@ -306,7 +263,7 @@ def test_only_training_mode_is_observed(name, rng):
 @each
 def test_step_forgets(name, rng):
     formulation = trained(name, rng)
-    call(formulation, *batch_of([0, 1, 2], rng))
+    formulation(*batch_of([0, 1, 2], rng))
     formulation.step()
     before = formulation.multipliers.clone()
     formulation.step()
@@ -314,21 +271,13 @@ def test_step_forgets(name, rng):
 
 
 @each
-def test_reset_forgets(name, rng):
+def test_forget_forgets(name, rng):
     formulation = trained(name, rng)
     before = formulation.multipliers.clone()
-    call(formulation, *batch_of([0, 1, 2], rng))
-    formulation.reset()
+    formulation(*batch_of([0, 1, 2], rng))
+    formulation.forget()
     formulation.step()
     assert torch.equal(formulation.multipliers, before) and (before > 0).any()
-
-
-@each
-def test_step_and_reset_before_any_forward_pass(name, rng):
-    formulation = MAKERS[name]()
-    formulation.reset()
-    formulation.step()
-    assert call(formulation, *batch_of([0, 1], rng)).isfinite().all()
 
 
 # State
@@ -348,7 +297,7 @@ def run_epochs(formulation, epochs):
         generator = torch.Generator().manual_seed(7)
         for samples in ([0, 1, 2], [3, 4, 2]):
             residual = torch.randn(3, *SHAPE, generator=generator)
-            call(formulation, residual, torch.tensor(samples))
+            formulation(residual, torch.tensor(samples))
         formulation.step()
 
 
@@ -359,30 +308,19 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("has_run", [False, True], ids=["new", "after a forward pass"])
 @each
-def test_a_checkpoint_resumes_exactly(name, has_run):
+def test_a_checkpoint_resumes_exactly(name):
     whole = MAKERS[name](**OPTIONS[name])
     run_epochs(whole, 3)
     resumed = MAKERS[name](**OPTIONS[name])
-    if has_run:
-        run_epochs(resumed, 1)
+    run_epochs(resumed, 1)
     resumed.load_state_dict(saved(whole))
     assert torch.equal(resumed.multipliers, whole.multipliers)
     run_epochs(whole, 4)
     run_epochs(resumed, 4)
     assert (whole.multipliers > 0).any() and torch.equal(resumed.multipliers, whole.multipliers)
     residual, index = torch.ones(2, *SHAPE), torch.tensor([0, 3])
-    assert torch.equal(call(resumed, residual, index), call(whole, residual, index))
-
-
-@each
-def test_a_checkpoint_from_before_the_first_forward_pass(name):
-    new, other = MAKERS[name](**OPTIONS[name]), MAKERS[name](**OPTIONS[name])
-    other.load_state_dict(saved(new))
-    run_epochs(new, 2)
-    run_epochs(other, 2)
-    assert torch.equal(other.multipliers, new.multipliers)
+    assert torch.equal(resumed(residual, index), whole(residual, index))
 
 
 @each
@@ -393,14 +331,6 @@ def test_a_checkpoint_from_before_the_first_forward_pass_forgets_the_multipliers
     run_epochs(new, 2)
     run_epochs(other, 2)
     assert torch.equal(other.multipliers, new.multipliers)
-
-
-@each
-def test_a_checkpoint_of_a_module_around_it(name):
-    whole, other = nn.Sequential(nn.Linear(2, 2), MAKERS[name]()), nn.Sequential(nn.Linear(2, 2), MAKERS[name]())
-    run_epochs(whole[1], 2)
-    other.load_state_dict(saved(whole))
-    assert torch.equal(other[1].multipliers, whole[1].multipliers)
 
 
 @each
@@ -424,20 +354,24 @@ def test_a_checkpoint_of_another_data_set_is_refused(name):
 
 
 @each
-def test_copies_do_not_share_multipliers(name, rng):
-    formulation = trained(name, rng)
-    other, before = copy.deepcopy(formulation), formulation.multipliers.clone()
-    run_epochs(formulation, 2)
-    assert torch.equal(other.multipliers, before) and not torch.equal(formulation.multipliers, before)
+def test_shape_of_the_multipliers(name, rng):
+    formulation = MAKERS[name]()
+    formulation(*batch_of([1, 2], rng))
+    expected = (1, COUNT) if name == "ReLULagrangian" else (NUM_SAMPLES, COUNT)
+    assert formulation.multipliers.shape == expected and not list(formulation.parameters())
+    assert dict(formulation.named_buffers())["multipliers"] is formulation.multipliers
+    assert formulation.has_multipliers and formulation.needs_index == (name != "ReLULagrangian")
 
 
 @each
-def test_shape_of_the_multipliers(name, rng):
-    formulation = MAKERS[name]()
-    call(formulation, *batch_of([1, 2], rng))
-    expected = (1, COUNT) if name == "ReLULagrangian" else (NUM_SAMPLES, COUNT)
-    assert formulation.multipliers.shape == expected
-    assert dict(formulation.named_buffers())["multipliers"] is formulation.multipliers
+def test_report(name, rng):
+    assert MAKERS[name]().report() == {}  # the number of constraints is not known yet
+    formulation = trained(name, rng)
+    report = formulation.report()
+    assert {key: value.item() for key, value in report.items()} == {
+        "multiplier_mean": formulation.multipliers.mean().item(),
+        "multiplier_max": formulation.multipliers.max().item(),
+    }
 
 
 # Refusals
@@ -447,25 +381,14 @@ def test_shape_of_the_multipliers(name, rng):
     ("make", "words"),
     [
         (lambda: Lagrangian(0, learning_rate=0.1), "num_samples: expected .*got 0"),
-        (lambda: Lagrangian(-3, learning_rate=0.1), "num_samples: expected .*got -3"),
         (lambda: Lagrangian(2.5, learning_rate=0.1), r"num_samples: expected .*got 2\.5"),
         (lambda: Lagrangian(3, learning_rate=0.0), r"learning_rate: expected .*got 0\.0"),
-        (lambda: Lagrangian(3, learning_rate=-1.0), r"learning_rate: expected .*got -1\.0"),
-        (lambda: Lagrangian(3, learning_rate=math.nan), "learning_rate: expected .*got nan"),
-        (lambda: Lagrangian(3, learning_rate=math.inf), "learning_rate: expected .*got inf"),
-        (lambda: Lagrangian(3, learning_rate=0.1, max_multiplier=0.0), r"max_multiplier: expected .*got 0\.0"),
-        (lambda: Lagrangian(3, learning_rate=0.1, max_multiplier=-1.0), r"max_multiplier: expected .*got -1\.0"),
-        (lambda: Lagrangian(3, learning_rate=0.1, max_multiplier=math.nan), "max_multiplier: expected .*got nan"),
-        (lambda: ReLULagrangian(learning_rate=0.0), r"learning_rate: expected .*got 0\.0"),
-        (lambda: ReLULagrangian(learning_rate=-1.0), r"learning_rate: expected .*got -1\.0"),
         (lambda: ReLULagrangian(learning_rate=math.nan), "learning_rate: expected .*got nan"),
+        (lambda: Lagrangian(3, learning_rate=0.1, max_multiplier=0.0), r"max_multiplier: expected .*got 0\.0"),
+        (lambda: ReLULagrangian(learning_rate=0.1, initial=-1.0), r"initial: expected .*got -1\.0"),
         (lambda: AugmentedLagrangian(0), "num_samples: expected .*got 0"),
         (lambda: AugmentedLagrangian(3, penalty=0.0), r"penalty: expected .*got 0\.0"),
-        (lambda: AugmentedLagrangian(3, penalty=-1.0), r"penalty: expected .*got -1\.0"),
-        (lambda: AugmentedLagrangian(3, penalty=math.inf), "penalty: expected .*got inf"),
-        (lambda: AugmentedLagrangian(3, penalty=math.nan), "penalty: expected .*got nan"),
         (lambda: AugmentedLagrangian(3, factor=0.9), r"factor: expected .*got 0\.9"),
-        (lambda: AugmentedLagrangian(3, factor=math.nan), "factor: expected .*got nan"),
         (lambda: AugmentedLagrangian(3, penalty=2.0, max_penalty=1.0), r"max_penalty: expected .*got 1\.0"),
         (lambda: AugmentedLagrangian(3, max_penalty=math.nan), "max_penalty: expected .*got nan"),
     ],
@@ -482,10 +405,9 @@ def test_refuses_senseless_settings(make, words):
         torch.tensor([0, 5]),
         torch.tensor([0, -1]),
         torch.tensor([0]),
-        torch.tensor([[0], [1]]),
         torch.tensor([0.0, 1.0]),
     ],
-    ids=["too large", "negative", "too short", "two axes", "floating point"],
+    ids=["too large", "negative", "too short", "floating point"],
 )
 def test_refuses_an_index_that_does_not_fit(name, index, rng):
     formulation, residual = trained(name, rng), torch.ones(2, *SHAPE)
@@ -504,14 +426,7 @@ def test_asks_for_the_index(name):
 def test_refuses_another_number_of_constraints(name, rng):
     formulation = trained(name, rng)
     with pytest.raises(ValueError, match=r"residual: expected .*4 constraints.*got"):
-        call(formulation, torch.ones(2, 3, 1, 2), torch.tensor([0, 1]))
-
-
-@each
-def test_repr_shows_the_settings(name):
-    text = repr(MAKERS[name]())
-    words = "penalty=2" if name == "AugmentedLagrangian" else "learning_rate=0.1"
-    assert name in text and words in text
+        formulation(torch.ones(2, 3, 1, 2), torch.tensor([0, 1]))
 
 
 # Problems with a known optimum.
@@ -549,7 +464,7 @@ def minimize(formulation, point, steps, learning_rate):
     formulation.eval()
     point = point.clone().requires_grad_()
     for _ in range(steps):
-        cost = objective(point) + call(formulation, constraints(point), ONE).sum()
+        cost = objective(point) + formulation(constraints(point), ONE).sum()
         (slope,) = torch.autograd.grad(cost, point)
         point = (point - learning_rate * slope).detach().requires_grad_()
     return point.detach()
@@ -570,16 +485,11 @@ def minimum(barrier, start):
 def observe_and_step(formulation, point):
     """One visit in training mode, then the step."""
     formulation.train()
-    call(formulation, constraints(point), ONE)
+    formulation(constraints(point), ONE)
     formulation.step()
 
 
-def test_the_optimum_is_one():
-    assert objective(PRIMAL).item() == OPTIMUM == dual_function(DUAL)
-    assert constraints(PRIMAL)[0].tolist() == [0.0, 0.0, -4.5]
-
-
-@pytest.mark.parametrize("t", [1.0, 5.0, 50.0, 500.0])
+@pytest.mark.parametrize("t", [1.0, 50.0])
 def test_duality_gap_bound(t):
     """Proposition 2: E - g(lambda) <= P N / t at the minimum for each t, feasible or not; here P = 3, N = 1."""
     barrier = LogBarrierExtension(t=t).double()
@@ -607,13 +517,6 @@ def test_barrier_finds_primal_and_dual_as_t_grows():
     torch.testing.assert_close(point, PRIMAL, rtol=0, atol=2e-3)
     torch.testing.assert_close(duals, DUAL, rtol=0, atol=0.01)
     assert gaps[-1] < 0.05 * gaps[0] and (constraints(point) <= 0).all()
-
-
-def test_duality_gap_bound_follows_t():
-    barrier = LogBarrierExtension(t=4.0, factor=2.0)
-    assert float(barrier.duality_gap_bound(12)) == 3.0
-    barrier.step()
-    assert float(barrier.duality_gap_bound(12)) == 1.5
 
 
 def test_lagrangian_finds_primal_and_dual():
@@ -663,7 +566,7 @@ def test_each_sample_has_its_own_problem(name):
     for epoch in range(200):
         for order in ([0], [1]):
             index = torch.tensor(order)
-            cost = (point[index] - 2).square().sum() + call(formulation, point[index] - limits[index], index).sum()
+            cost = (point[index] - 2).square().sum() + formulation(point[index] - limits[index], index).sum()
             (slope,) = torch.autograd.grad(cost, point)
             point = (point - 0.2 / (1 + epoch) ** 0.3 * slope).detach().requires_grad_()
         formulation.step()

@@ -657,7 +657,7 @@ def test_residual_is_not_observed(rng):
     loss = ConstraintLoss(soft_size, formulation)
     probs, target = random_probs((2, 3, 6, 5), rng), {"bounds": torch.zeros(2, 3, 1, 2), "index": INDEX}
     loss(probs, target)
-    formulation.reset()
+    formulation.forget()
     loss.residual(probs, target)
     formulation.step()
     assert (formulation.multipliers == 0).all()
