@@ -19,6 +19,7 @@ from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
 from medconstraints.transforms.weak_label_maps import erode_label, random_point_label
 from medconstraints.transforms.weak_labels import ErodeLabeld, RandomPointLabeld, ScribbleToWeakLabeld
@@ -49,12 +50,14 @@ __all__ = [
     "fit_common_bounds",
     "fit_size_bounds",
     "inference_postprocessing",
+    "intensity_transforms",
     "label_to_boxes",
     "label_to_centroid_bounds",
     "label_to_size_bounds",
     "load_common_bounds",
     "map_boxes",
     "pad_boxes_collate",
+    "patch_transforms",
     "random_point_label",
     "read_volumes",
     "save_common_bounds",

@@ -1,12 +1,19 @@
 """Data sets: manifests of public data, datalists, slices, folders that runs write to."""
 
-from medconstraints.data.cohort import CohortDataset, MissingData, cohort_items
+from medconstraints.data.cohort import CohortDataset, MissingData, cohort_items, in_order, inference_items
 from medconstraints.data.datalist_sections import read_datalist, read_labelled
 from medconstraints.data.datalists import make_datalist
 from medconstraints.data.inference_files import volumes_for_inference
 from medconstraints.data.manifests import check_dataset, load_manifest
 from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
-from medconstraints.data.run_settings import check_options, read_settings, run_settings, start_run, write_settings
+from medconstraints.data.run_settings import (
+    check_options,
+    read_settings,
+    run_settings,
+    start_inference,
+    start_run,
+    write_settings,
+)
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
 from medconstraints.data.supervision import number_items
 
@@ -20,6 +27,8 @@ __all__ = [
     "check_output_dir",
     "check_run_dir",
     "cohort_items",
+    "in_order",
+    "inference_items",
     "load_manifest",
     "make_datalist",
     "mask_path",
@@ -28,6 +37,7 @@ __all__ = [
     "read_labelled",
     "read_settings",
     "run_settings",
+    "start_inference",
     "start_run",
     "volumes_for_inference",
     "write_settings",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn
 
 from monai.data import CacheDataset
 
 from medconstraints.data.datalist_sections import read_datalist, read_labelled
+from medconstraints.data.inference_files import volumes_for_inference
 from medconstraints.data.supervision import number_items
 
-__all__ = ["CohortDataset", "MissingData", "cohort_items"]
+__all__ = ["CohortDataset", "MissingData", "TransformSteps", "cohort_items", "in_order", "inference_items"]
+
+# A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
+TransformSteps = Callable[..., Any] | Sequence[Any] | Mapping[str, Any]
 
 
 class MissingData(Sequence[Any]):
@@ -51,13 +56,41 @@ def cohort_items(
     return number_items(items, fully_labelled=fully_labelled)
 
 
+def inference_items(
+    source: str | PathLike[str], *, section: str = "test", output_dir: str | PathLike[str], overwrite: bool = False
+) -> Sequence[dict[str, Any]]:
+    """What `volumes_for_inference` lists; `MissingData` if there are no volumes, or their masks exist already.
+
+    Raises:
+        ValueError: see `volumes_for_inference`.
+    """
+    try:
+        return volumes_for_inference(Path(source), section=section, output_dir=Path(output_dir), overwrite=overwrite)
+    except OSError as error:
+        return MissingData(error)
+
+
+def in_order(steps: TransformSteps | None) -> list[Callable[..., Any]]:
+    """Transforms of named steps, one after the other.
+
+    Example:
+        >>> len(in_order({"reading": [abs, abs], "flips": [], "noise": abs}))
+        3
+    """
+    if steps is None:
+        return []
+    if isinstance(steps, Mapping):
+        return [transform for step in steps.values() for transform in in_order(step)]
+    return list(steps) if isinstance(steps, Sequence) else [steps]
+
+
 class CohortDataset(CacheDataset):
     """Cached data set of a datalist's section.
 
     Args:
         datalist: see `cohort_items`, as for the next three.
         section: see there.
-        transform: a transform or a list of transforms; the deterministic ones at its beginning are cached.
+        transform: named steps, see `in_order`; the deterministic transforms at the beginning are cached.
         labelled: see there.
         fully_labelled: see there.
         cache_rate: share of the cases that is kept in memory.
@@ -72,7 +105,7 @@ class CohortDataset(CacheDataset):
         self,
         datalist: str | PathLike[str],
         section: str,
-        transform: Sequence[Callable[..., Any]] | Callable[..., Any],
+        transform: TransformSteps,
         *,
         labelled: bool = False,
         fully_labelled: int = 0,
@@ -81,4 +114,4 @@ class CohortDataset(CacheDataset):
     ) -> None:
         items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
         there = not isinstance(items, MissingData)
-        super().__init__(items, transform, cache_rate=cache_rate if there else 0.0, num_workers=num_workers)
+        super().__init__(items, in_order(transform), cache_rate=cache_rate if there else 0.0, num_workers=num_workers)

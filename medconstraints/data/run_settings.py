@@ -23,9 +23,19 @@ from weakref import WeakKeyDictionary
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import create_workflow
 
+from medconstraints.data.cohort import MissingData
+from medconstraints.data.datalist_sections import load_datalist
 from medconstraints.data.output_folders import check_run_dir
 
-__all__ = ["SETTINGS_FILE", "check_options", "read_settings", "run_settings", "start_run", "write_settings"]
+__all__ = [
+    "SETTINGS_FILE",
+    "check_options",
+    "read_settings",
+    "run_settings",
+    "start_inference",
+    "start_run",
+    "write_settings",
+]
 
 SETTINGS_FILE = "settings.json"
 SPELLING = {"true": "True", "false": "False", "none": "'$None'", "null": "'$None'"}
@@ -123,10 +133,30 @@ def start_run(output_dir: str | Path) -> None:
     """Before a training: refuse a folder whose weights it would replace, and write `settings.json` there.
 
     Raises:
+        FileNotFoundError: there is no datalist.
         FileExistsError: see `check_run_dir`.
         PermissionError: the folder cannot be made or written to.
     """
+    call = _running()
+    if call is not None and "datalist" in call.parser.config:
+        load_datalist(_resolved(call.parser, "datalist", call.parser.config["datalist"]))
     write_settings(check_run_dir(output_dir))
+
+
+def start_inference(volumes: Any, output_dir: str | Path, weights: str | Path) -> None:
+    """Before an inference: stop if the volumes are not there, and write `settings.json` among the masks.
+
+    Args:
+        volumes: of `inference_items`.
+        output_dir: folder of the masks.
+        weights: file of weights.
+
+    Raises:
+        OSError: the error that `inference_items` met.
+    """
+    if isinstance(volumes, MissingData):
+        raise volumes.error
+    write_settings(output_dir, weights)
 
 
 def write_settings(folder: str | Path, weights: str | Path | None = None) -> None:

@@ -14,6 +14,8 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from medconstraints.data.cohort import TransformSteps, in_order
+
 __all__ = ["SliceDataset", "VolumeBatchSampler"]
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,9 @@ class SliceDataset(Dataset):
 
     Args:
         data: entries, dictionaries such as `read_datalist` gives them.
-        volume_transform: transform or list of transforms from an entry to a dictionary of volumes; None for entries
-            that hold them already.
-        transform: transform or list of transforms of a slice, run at every access; None for none.
+        volume_transform: transforms from an entry to a dictionary of volumes, see `in_order`; None for entries that
+            hold them already.
+        transform: transforms of a slice, run at every access; None for none.
         slice_axis: spatial axis that is cut, 0 to 2, or -1 for the last.
         keys: keys of the volumes to be cut. An entry need not have all of them.
         drop: function of an item (before `transform`, and without `index`): slices for which it is true are left out,
@@ -75,8 +77,8 @@ class SliceDataset(Dataset):
     def __init__(
         self,
         data: Sequence[Mapping[str, Any]],
-        volume_transform: Callable[..., Any] | Sequence[Callable[..., Any]] | None,
-        transform: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        volume_transform: TransformSteps | None,
+        transform: TransformSteps | None = None,
         *,
         slice_axis: int = -1,
         keys: Sequence[str] = ("image", "label", "weak_label", "scribble"),
@@ -94,7 +96,7 @@ class SliceDataset(Dataset):
         self._rest: list[dict[str, Any]] = []
         positions: list[tuple[int, int]] = []
         large: set[str] = set()
-        cut_up = Compose(volume_transform)
+        cut_up = Compose(in_order(volume_transform))
         for volume, entry in enumerate(data):
             slices, rest = self._cut(cut_up(entry), volume, large)
             count = len(next(iter(slices.values())))
@@ -118,7 +120,7 @@ class SliceDataset(Dataset):
         size = sum(value.nbytes for slices in self._slices for value in slices.values())
         logger.info("%d slices of %d volumes in %.0f MiB", len(positions), len(data), size / 2**20)
         # An array, not a list: `set_rnd` visits the elements of lists at the start of every epoch.
-        super().__init__(np.array(positions), transform)
+        super().__init__(np.array(positions), in_order(transform))
 
     def _cut(self, entry: Any, volume: int, large: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Slices (N, C, H, W) under the keys of volumes, and what goes with every slice; adds to `large`."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
+from monai.data import DataLoader, DistributedSampler
 from monai.engines import IterationEvents, SupervisedTrainer, default_prepare_batch
 from monai.inferers import Inferer
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.losses.base import TargetLoss
+from medconstraints.transforms.collate import pad_boxes_collate
 
 __all__ = ["TargetTrainer"]
 
@@ -30,7 +34,10 @@ class TargetTrainer(SupervisedTrainer):
     Args:
         device: where the network and the loss are; the loss is moved there.
         max_epochs: epochs of the run.
-        train_data_loader: batches, dictionaries.
+        dataset: training items; batches of them are shuffled, boxes padded, and a last batch that is not full is left
+            out if there are others. In distributed training every process takes its own part.
+        batch_size, num_workers: of the loader of `dataset`.
+        train_data_loader: batches, dictionaries, in place of `dataset`.
         network: the network, on the device.
         optimizer: of the network's parameters.
         loss_function: `(output, target) -> scalar`; one that is no `TargetLoss`, such as MONAI's, gets the label.
@@ -42,12 +49,15 @@ class TargetTrainer(SupervisedTrainer):
         amp_kwargs: arguments of `torch.autocast`, such as `{"dtype": torch.bfloat16}`.
         epoch_length, non_blocking, decollate, compile, accumulation_steps: as in MONAI.
 
+    Raises:
+        ValueError: both or none of `dataset` and `train_data_loader`.
+
     Example:
         >>> from monai.losses import DiceLoss
         >>> network = nn.Conv2d(1, 2, 1)
         >>> trainer = TargetTrainer(
         ...     device="cpu", max_epochs=1, network=network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
-        ...     train_data_loader=[{"image": torch.zeros(1, 1, 4, 4), "label": torch.zeros(1, 1, 4, 4)}],
+        ...     dataset=[{"image": torch.zeros(1, 4, 4), "label": torch.zeros(1, 4, 4)}],
         ...     loss_function=DiceLoss(softmax=True, to_onehot_y=True))
         >>> trainer.run()
         >>> trainer.state.epoch
@@ -59,10 +69,13 @@ class TargetTrainer(SupervisedTrainer):
         *,
         device: str | torch.device,
         max_epochs: int,
-        train_data_loader: Iterable[Any],
         network: nn.Module,
         optimizer: Optimizer,
         loss_function: Callable[..., Any],
+        dataset: Dataset[Any] | Sequence[Any] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        train_data_loader: Iterable[Any] | None = None,
         train_handlers: Sequence[Any] | None = None,
         prepare_batch: Callable[..., Any] | None = None,
         inferer: Inferer | None = None,
@@ -77,6 +90,10 @@ class TargetTrainer(SupervisedTrainer):
         compile: bool = False,
         accumulation_steps: int = 1,
     ) -> None:
+        if (dataset is None) == (train_data_loader is None):
+            raise ValueError(
+                "dataset, train_data_loader: expected exactly one of them; a data set gets its own loader."
+            )
         device = torch.device(device)
         if isinstance(loss_function, nn.Module):
             loss_function = loss_function.to(device)
@@ -86,7 +103,9 @@ class TargetTrainer(SupervisedTrainer):
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
+            train_data_loader=(
+                _loader(dataset, batch_size, num_workers) if train_data_loader is None else train_data_loader
+            ),
             network=network,
             optimizer=optimizer,
             loss_function=loss_function,
@@ -117,3 +136,16 @@ class TargetTrainer(SupervisedTrainer):
             del output[CommonKeys.LABEL]
         else:
             output[CommonKeys.LABEL] = label.to(output[CommonKeys.PRED].device)
+
+
+def _loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
+    sampler = DistributedSampler(dataset, even_divisible=True, shuffle=True) if idist.get_world_size() > 1 else None
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        sampler=sampler,
+        shuffle=sampler is None,
+        drop_last=sampler is None and len(dataset) > batch_size,
+        collate_fn=pad_boxes_collate,
+    )

@@ -26,8 +26,9 @@ class CombinedLoss(TargetLoss):
     Args:
         losses: name -> loss, a module `(input, target) -> scalar`.
         keys: name -> {entry, as the loss calls it: key in the target}, for entries with another key; also for those
-            that a loss reads only when they are named, such as "spacing_mm" of a statistic. A loss that is none of this
-            package gets a mapping of the named entries, or its one tensor if "label" alone is named.
+            that a loss reads only when they are named, such as "spacing_mm" of a statistic. The key alone renames the
+            main entry; None in place of a key leaves an optional entry out. A loss that is none of this package gets a
+            mapping of the named entries, or its one tensor if "label" alone is named.
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
         skip_unweighted: leave out losses while their weight is 0, and the time they take; they then have no part in
@@ -55,7 +56,7 @@ class CombinedLoss(TargetLoss):
         self,
         losses: Mapping[str, nn.Module],
         *,
-        keys: Mapping[str, Mapping[str, str]] | None = None,
+        keys: Mapping[str, Mapping[str, str | None] | str] | None = None,
         weights: Mapping[str, float] | None = None,
         skip_unweighted: bool = False,
     ) -> None:
@@ -162,19 +163,26 @@ class CombinedLoss(TargetLoss):
         return next(iter(found.values())) if only else found
 
 
-def _entries(name: str, loss: nn.Module, renamed: Mapping[str, str]) -> dict[str, str]:
+def _entries(name: str, loss: nn.Module, renamed: Mapping[str, str | None] | str) -> dict[str, str]:
     """Entry, as the loss calls it -> key in the target."""
-    if isinstance(renamed, str):  # until every config names entries
+    declared = isinstance(loss, TargetLoss)
+    if isinstance(renamed, str):
         renamed = {loss.target_keys[0] if isinstance(loss, TargetLoss) else "label": renamed}
     if not isinstance(loss, TargetLoss):
-        return dict(renamed) or {"label": "label"}
-    own = (*loss.target_keys, *loss.optional_keys)
-    unknown = sorted(set(renamed) - {*own, *loss.named_keys})
-    if unknown:
-        raise ValueError(
-            f"keys: {unknown} name no entry that the loss {name!r} reads; these are {[*own, *loss.named_keys]}."
-        )
-    return {entry: entry for entry in own} | dict(renamed)
+        own = () if renamed else ("label",)
+    else:
+        own = (*loss.target_keys, *loss.optional_keys)
+        unknown = sorted(set(renamed) - {*own, *loss.named_keys})
+        if unknown:
+            raise ValueError(
+                f"keys: {unknown} name no entry that the loss {name!r} reads; these are {[*own, *loss.named_keys]}."
+            )
+    left_out = {entry for entry, key in renamed.items() if key is None}
+    needed = sorted(left_out - set(loss.optional_keys if declared else ()))
+    if needed:
+        raise ValueError(f"keys: the loss {name!r} needs {needed}; only optional entries can be left out by None.")
+    entries = {entry: entry for entry in own} | dict(renamed)
+    return {entry: key for entry, key in entries.items() if key is not None}
 
 
 def _value(value: Any, key: str, *, keep_meta: bool) -> Tensor:

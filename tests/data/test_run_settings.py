@@ -5,7 +5,15 @@ import json
 import pytest
 from monai.bundle import ConfigWorkflow, run
 
-from medconstraints.data import MissingData, cohort_items, read_settings, run_settings, write_settings
+from medconstraints.data import (
+    MissingData,
+    cohort_items,
+    inference_items,
+    read_settings,
+    run_settings,
+    start_inference,
+    write_settings,
+)
 
 CONFIG = {
     "imports": ["$import medconstraints.data as data"],
@@ -37,7 +45,10 @@ def config_file(tmp_path):
 
 def told(config_file, tmp_path, **options):
     """The settings a run writes."""
-    run(config_file=str(config_file), logging_file=False, **{"output_dir": str(tmp_path / "run"), **options})
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text("{}")
+    options = {"output_dir": str(tmp_path / "run"), "datalist": str(datalist), **options}
+    run(config_file=str(config_file), logging_file=False, **options)
     return read_settings(tmp_path / "run")["settings"]
 
 
@@ -101,7 +112,9 @@ def test_all_faults_are_told_at_once(config_file, tmp_path):
 
 
 def test_a_workflow_made_in_python_is_checked_too(config_file, tmp_path):
-    options = {"output_dir": str(tmp_path / "run"), "slice_axis": None}  # None arrives here
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text("{}")
+    options = {"output_dir": str(tmp_path / "run"), "datalist": str(datalist), "slice_axis": None}  # None arrives here
     workflow = ConfigWorkflow(str(config_file), logging_file=False, **options)
     workflow.initialize()
     workflow.run()
@@ -134,11 +147,8 @@ def test_settings_of_a_run_that_goes_on(config_file, tmp_path):
 
 def test_settings_carry_those_of_the_training(config_file, tmp_path):
     told(config_file, tmp_path, alpha=0.75)
-    config = {
-        **CONFIG,
-        "initialize": [],
-        "run": ["$data.write_settings(@output_dir, @output_dir + '/../run/model.pt')"],
-    }
+    weights = str(tmp_path / "run" / "model.pt")
+    config = {**CONFIG, "ckpt_path": weights, "run": ["$data.write_settings(@output_dir, @ckpt_path)"]}
     config_file.write_text(json.dumps(config))
     run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "masks"))
     found = read_settings(tmp_path / "masks")
@@ -158,3 +168,11 @@ def test_cases_that_are_not_there(tmp_path):
     assert len(items) == 1
     with pytest.raises(FileNotFoundError, match="datalist"):
         items[0]
+
+
+def test_volumes_that_are_not_there_stop_an_inference_before_it_writes(tmp_path):
+    volumes = inference_items(tmp_path / "nothing", output_dir=tmp_path / "masks")
+    assert len(volumes) == 1
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        start_inference(volumes, tmp_path / "masks", tmp_path / "model.pt")
+    assert not (tmp_path / "masks").exists()

@@ -9,7 +9,7 @@ from monai.losses import DiceLoss
 from torch import nn
 
 from medconstraints.formulations import Lagrangian, LogBarrierExtension, QuadraticPenalty
-from medconstraints.losses import BoxPriorLoss, CombinedLoss, ConstraintLoss
+from medconstraints.losses import BoxPriorLoss, CombinedLoss, ConstraintLoss, PartialCrossEntropyLoss
 from medconstraints.losses.base import Probabilities, TargetLoss
 from medconstraints.statistics import soft_mean_intensity, soft_size
 
@@ -269,3 +269,18 @@ def test_multipliers_belong_to_one_loss():
         CombinedLoss({"a": size_loss(lagrangian), "b": size_loss(lagrangian)})
     CombinedLoss({"a": size_loss(lagrangian), "b": size_loss(copy.deepcopy(lagrangian))})
     CombinedLoss({"a": size_loss(barrier), "b": size_loss(barrier)})  # one t for both
+
+
+def test_the_key_alone_renames_the_main_entry():
+    loss = CombinedLoss(
+        {"weak": PartialCrossEntropyLoss(), "dice": nn.CrossEntropyLoss()}, keys={"weak": "points", "dice": "full"}
+    )
+    assert loss.batch_keys == ("points", "full")
+
+
+def test_none_leaves_an_optional_entry_out():
+    size = ConstraintLoss(soft_size, QuadraticPenalty(), softmax=True)
+    assert CombinedLoss({"size": size}).batch_keys == ("bounds", "index")
+    assert CombinedLoss({"size": size}, keys={"size": {"index": None}}).batch_keys == ("bounds",)
+    with pytest.raises(ValueError, match="bounds"):
+        CombinedLoss({"size": size}, keys={"size": {"bounds": None}})
