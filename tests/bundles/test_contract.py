@@ -1,4 +1,4 @@
-"""What every bundle promises: files, metadata, MONAI's commands, and that its folder stands alone."""
+"""What every bundle promises: the model zoo's files, metadata and formatting, MONAI's commands, a folder on its own."""
 
 import configparser
 import json
@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from monai.bundle import (
@@ -25,32 +24,36 @@ from medconstraints import __version__
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/metadata.json"))
-CONFIGS = ("train", "inference", "evaluate", "multi_gpu_train")
-FILES = (
+SAME = (
     "LICENSE",
-    "configs/metadata.json",
-    *(f"configs/{name}.json" for name in CONFIGS),
+    "configs/inference.json",
+    "configs/evaluate.json",
+    "configs/multi_gpu_train.json",
     "configs/logging.conf",
+)
+FILES = (
+    *SAME,
+    "configs/metadata.json",
+    "configs/train.json",
     "docs/README.md",
     "docs/data_license.txt",
     "models/model.pt",
 )
-REQUIRED_METADATA = (
-    "schema",
-    "version",
-    "changelog",
-    "monai_version",
-    "pytorch_version",
-    "numpy_version",
-    "required_packages_version",
-    "task",
-    "description",
-    "authors",
-    "copyright",
-    "network_data_format",
-)
-TENSOR_KEYS = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
+# Settings and components that the zoo and programs that use bundles ask for by name.
+IDS = {
+    "train": (
+        *("bundle_root", "device", "dataset_dir", "output_dir", "val_interval", "network_def"),
+        *("train#trainer", "train#trainer#max_epochs", "train#dataset", "train#dataset#data"),
+        *("train#inferer", "train#handlers"),
+        *("validate#evaluator", "validate#handlers", "validate#dataset", "validate#dataset#data"),
+    ),
+    "inference": (
+        *("bundle_root", "device", "dataset_dir", "output_dir", "network_def"),
+        *("dataset", "inferer", "evaluator"),
+    ),
+}
 LARGEST_WEIGHTS = 5 * 2**20
+MOST_LINES, MOST_REFERENCES = 220, 60
 
 pytestmark = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 
@@ -59,65 +62,81 @@ def read(bundle, name):
     return json.loads((bundle / "configs" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def network_of(bundle):
+def merged(bundle, *names):
     parser = ConfigParser()
-    parser.read_config(str(bundle / "configs" / "inference.json"))
-    return parser.get_parsed_content("network_def").eval()
+    parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
+    return parser
 
 
-def fake_input(metadata):
-    [image] = metadata["network_data_format"]["inputs"].values()
-    return torch.randn(1, image["num_channels"], *image["spatial_shape"])
+def network_of(bundle):
+    """The network of inference with the bundle's weights."""
+    network = merged(bundle, "inference").get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(bundle / "models" / "model.pt", map_location="cpu", weights_only=True))
+    return network
 
 
-def pins():
-    """Package name in lower case -> pinned version."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return {name.lower(): version for name, version in (line.split("==") for line in lines if "==" in line)}
+# Files
 
 
-# Files and metadata
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_has_the_file(bundle, name):
-    assert (bundle / name).is_file()
-    assert (bundle / name).stat().st_size > 0
-
-
-def test_files_are_its_own(bundle):
-    """No links, and no path of this computer in a config."""
+def test_files_are_there_and_its_own(bundle):
+    """No links, and no path of a computer in a config."""
+    assert [name for name in FILES if not (bundle / name).is_file() or not (bundle / name).stat().st_size] == []
     assert not [path for path in bundle.rglob("*") if path.is_symlink()]
     for config in (bundle / "configs").iterdir():
         assert not re.search(r'"(/|~|\.\./)\w', config.read_text(encoding="utf-8")), config.name
+    logging = configparser.ConfigParser()
+    logging.read(bundle / "configs" / "logging.conf")
+    assert {"loggers", "handlers", "formatters", "logger_root"} <= set(logging.sections())
+
+
+def test_what_is_the_same_in_all_is_byte_identical(bundle):
+    assert [name for name in SAME if (bundle / name).read_bytes() != (BUNDLES[0] / name).read_bytes()] == []
+
+
+@pytest.mark.xfail(strict=False, reason="configs are about to be rewritten in this formatting")
+def test_json_is_formatted_as_the_zoo_does(bundle):
+    """By `pretty-format-json --autofix --no-sort-keys --indent=4` of pre-commit-hooks."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in (bundle / "configs").glob("*.json")}
+    assert [name for name, text in found.items() if text != json.dumps(json.loads(text), indent=4) + "\n"] == []
+
+
+@pytest.mark.xfail(strict=False, reason="configs are about to be shortened")
+def test_training_reads_on_two_screens(bundle):
+    config = read(bundle, "train")
+    assert len(json.dumps(config, indent=4).splitlines()) <= MOST_LINES
+    assert len(re.findall("@[A-Za-z_]", json.dumps(config))) <= MOST_REFERENCES
 
 
 def test_weights_are_small_and_load_with_care(bundle):
-    path = bundle / "models" / "model.pt"
-    assert path.stat().st_size <= LARGEST_WEIGHTS
-    network = network_of(bundle)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    assert all(torch.isfinite(value).all() for value in network.state_dict().values() if value.is_floating_point())
+    assert (bundle / "models" / "model.pt").stat().st_size <= LARGEST_WEIGHTS
+    state = network_of(bundle).state_dict()
+    assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
 
 
-def test_logging_conf(bundle):
-    config = configparser.ConfigParser()
-    config.read(bundle / "configs" / "logging.conf")
-    assert {"loggers", "handlers", "formatters", "logger_root"} <= set(config.sections())
+# Metadata
 
 
-def test_metadata_has_the_required_keys(bundle):
+def test_metadata_meets_the_schema(bundle):
+    """The schema is MONAI's file, without a licence to pass it on: MONAI_BUNDLE_SCHEMA names a copy."""
+    schema = os.environ.get("MONAI_BUNDLE_SCHEMA")
+    if not schema:
+        pytest.skip("MONAI_BUNDLE_SCHEMA does not name a copy of the schema, and tests do not download")
+    assert Path(schema).is_file()  # verify_metadata would download it to there
+    assert read(bundle, "metadata")["schema"].endswith(Path(schema).name)
+    verify_metadata(meta_file=str(bundle / "configs" / "metadata.json"), filepath=schema)
+
+
+def test_metadata_says_what_the_zoo_shows(bundle):
     metadata = read(bundle, "metadata")
-    assert set(REQUIRED_METADATA) <= set(metadata)
     assert metadata["version"] in metadata["changelog"]
-    assert metadata["name"] == bundle.name
-    assert re.fullmatch(r"https://\S+/meta_schema_\d+\.json", metadata["schema"])
-    for tensors in metadata["network_data_format"].values():
-        assert all(set(tensor) >= TENSOR_KEYS for tensor in tensors.values())
+    assert " " in metadata["name"]  # a display name, not that of the folder
+    assert metadata["intended_use"] and metadata["references"] and metadata["eval_metrics"]
 
 
 def test_metadata_names_the_pinned_versions(bundle):
-    metadata, pinned = read(bundle, "metadata"), pins()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {name.lower(): version for name, version in (line.split("==") for line in lines if "==" in line)}
+    metadata = read(bundle, "metadata")
     named = {
         "monai": metadata["monai_version"],
         "torch": metadata["pytorch_version"],
@@ -128,31 +147,20 @@ def test_metadata_names_the_pinned_versions(bundle):
     assert named == {name: pinned.get(name) for name in named}
 
 
-def test_metadata_meets_the_schema(bundle):
-    """The schema is MONAI's file, which is not part of this repository: MONAI_BUNDLE_SCHEMA names a copy."""
-    schema = os.environ.get("MONAI_BUNDLE_SCHEMA")
-    if not schema or not Path(schema).is_file():
-        pytest.skip("MONAI_BUNDLE_SCHEMA does not name a copy of the schema, and tests do not download")
-    jsonschema.validate(read(bundle, "metadata"), json.loads(Path(schema).read_text(encoding="utf-8")))
-    verify_metadata(meta_file=str(bundle / "configs" / "metadata.json"), filepath=schema)
+def test_metadata_describes_the_network(bundle):
+    metadata, config = read(bundle, "metadata"), read(bundle, "inference")
+    [image], [pred] = (metadata["network_data_format"][name].values() for name in ("inputs", "outputs"))
+    assert image["is_patch_data"] and image["spatial_shape"] == config["patch_size"]
+    assert pred["num_channels"] == config["num_classes"] == len(pred["channel_def"])
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=str(bundle / "configs" / "inference.json"),
+        device="cpu",
+    )
 
 
 # Configs
-
-
-def test_training_and_inference_agree(bundle):
-    train, inference = read(bundle, "train"), read(bundle, "inference")
-    for key in ("network_def", "patch_size", "num_classes", "spacing_mm"):
-        assert train.get(key) == inference.get(key), key
-    assert "network_def" in train
-
-
-def test_metadata_describes_the_network(bundle):
-    formats, config = read(bundle, "metadata")["network_data_format"], read(bundle, "inference")
-    [image], [pred] = formats["inputs"].values(), formats["outputs"].values()
-    if image.get("is_patch_data"):
-        assert image["spatial_shape"] == config["patch_size"]
-    assert pred["num_channels"] == config["num_classes"] == len(pred["channel_def"])
 
 
 def config_sets(bundle):
@@ -163,11 +171,22 @@ def config_sets(bundle):
     return [["train"], ["inference"], *([base, name] for base, name in zip(alone, overlays, strict=True))]
 
 
+def test_training_and_inference_agree(bundle):
+    train, inference = read(bundle, "train"), read(bundle, "inference")
+    for key in ("network_def", "patch_size", "num_classes", "spacing_mm"):
+        assert train[key] == inference[key], key
+
+
+def test_required_ids_are_there(bundle):
+    for config, ids in IDS.items():
+        parser = merged(bundle, config)
+        assert [name for name in ids if name not in parser] == []
+
+
 def test_configs_refer_only_to_what_is_there(bundle):
     """Every reference has its id, targets can be imported and expressions are Python, also where no run comes."""
     for names in config_sets(bundle):
-        parser = ConfigParser()
-        parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
+        parser = merged(bundle, *names)
         parser.parse()
         for key, item in parser.ref_resolver.items.items():
             references = ReferenceResolver.find_refs_in_config(item.get_config(), id=key)
@@ -188,79 +207,39 @@ def test_has_monais_properties(bundle, config, make_workflow, two_class_cohort, 
     assert workflow.check_properties() == []
 
 
+@pytest.mark.xfail(strict=False, reason="data lists are still read while the configs are resolved")
+@pytest.mark.parametrize("config", ["train", "inference"])
+def test_has_monais_properties_without_data(bundle, config, make_workflow, tmp_path, monkeypatch):
+    """The zoo looks at a copied folder that no data belong to."""
+    shutil.copytree(bundle / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    workflow = make_workflow(Path(), config)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
 @pytest.mark.parametrize("config", ["train", "inference"])
 def test_runs_can_be_tracked(bundle, config, make_workflow, tmp_path):
     """`--tracking mlflow` appends to the lists of handlers (MLflow itself is not needed to see this)."""
-    output = tmp_path / "run"
-    workflow = make_workflow(bundle, config, tracking="mlflow", dataset_dir=tmp_path, output_dir=output)
+    workflow = make_workflow(bundle, config, tracking="mlflow", dataset_dir=tmp_path, output_dir=tmp_path / "run")
     lists = ["handlers"] if config == "inference" else ["train#handlers", "validate#handlers"]
     assert all(workflow.parser[handlers][-1]["_target_"] == "MLFlowHandler" for handlers in lists)
-    assert "monai.utils.path_to_sqlite_uri" in workflow.parser["tracking_uri"]
     assert "$import monai" in workflow.parser["imports"]
 
 
-# Commands
-
-
-def verify(folder):
-    verify_net_in_out(
-        net_id="network_def",
-        meta_file=str(folder / "configs" / "metadata.json"),
-        config_file=str(folder / "configs" / "inference.json"),
-        device="cpu",
-    )
-
-
-def test_network_meets_its_metadata(bundle):
-    verify(bundle)
-
-
-@pytest.mark.parametrize("change", ["channels", "dtype"])
-def test_a_network_that_does_not_is_found(bundle, change, tmp_path):
-    """The check above can fail."""
-    folder = tmp_path / bundle.name
-    shutil.copytree(bundle / "configs", folder / "configs")
-    metadata = read(bundle, "metadata")
-    metadata["network_data_format"]["outputs"]["pred"] |= (
-        {"num_channels": 7} if change == "channels" else {"dtype": "float64"}
-    )
-    (folder / "configs" / "metadata.json").write_text(json.dumps(metadata))
-    with pytest.raises(ValueError, match="match"):
-        verify(folder)
-
-
-def test_folder_works_elsewhere(bundle, tmp_path, monkeypatch):
-    """A user copies one folder and runs it from there."""
-    folder = tmp_path / "copied"
-    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("output", "__pycache__"))
-    monkeypatch.chdir(folder)
-    for names in config_sets(folder):
-        parser = ConfigParser()
-        parser.read_config([f"configs/{name}.json" for name in names])
-        parser.parse()
-        assert parser["bundle_root"] == "."
-    verify(Path())
-
-
 def test_exported_network_gives_the_same(bundle, tmp_path):
-    """With the bundle's weights, or with random ones as long as it has none."""
-    network, weights = network_of(bundle), bundle / "models" / "model.pt"
-    if weights.is_file():
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    else:
-        weights = tmp_path / "model.pt"
-        torch.save(network.state_dict(), weights)
+    configs = [str(bundle / "configs" / f"{name}.json") for name in ("train", "inference")]
     ckpt_export(
         net_id="network_def",
         filepath=str(tmp_path / "model.ts"),
-        ckpt_file=str(weights),
+        ckpt_file=str(bundle / "models" / "model.pt"),
         meta_file=str(bundle / "configs" / "metadata.json"),
-        config_file=[str(bundle / "configs" / f"{name}.json") for name in ("train", "inference")],
+        config_file=configs,
     )
     files = {"inference.json": "", "train.json": "", "metadata.json": ""}
     exported = torch.jit.load(tmp_path / "model.ts", map_location="cpu", _extra_files=files)
-    image = fake_input(read(bundle, "metadata"))
+    image = torch.randn(1, 1, *read(bundle, "inference")["patch_size"])
     with torch.no_grad():
-        torch.testing.assert_close(exported(image), network(image))
+        torch.testing.assert_close(exported(image), network_of(bundle)(image))
     assert json.loads(files["inference.json"]) == read(bundle, "inference")
     assert json.loads(files["metadata.json"]).items() >= read(bundle, "metadata").items()
