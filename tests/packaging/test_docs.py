@@ -10,6 +10,11 @@ import pytest
 from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of the model zoo's template, and what its bundles add to it.
+ZOO_HEADINGS = (
+    *("Authors", "Tags", "Model Description", "Data", "Performance", "MONAI Bundle Commands", "System Configuration"),
+    *("Intended Use and Limitations", "References", "License"),
+)
 PAGES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/*.md")]
@@ -36,6 +41,15 @@ def test_links_lead_somewhere(page):
     local = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
     missing = [link for link in local if link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("bundles/*/docs/README.md")), ids=lambda page: page.parents[1].name)
+def test_bundles_have_the_headings_of_the_zoo(page):
+    text = page.read_text(encoding="utf-8")
+    metadata = json.loads((page.parents[1] / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    assert text.startswith(f"# {metadata['name']}\n")
+    headings = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    assert [heading for heading in headings if heading in ZOO_HEADINGS] == list(ZOO_HEADINGS)
 
 
 def test_python_of_the_readme_runs(tmp_path, capsys):
