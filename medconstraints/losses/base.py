@@ -240,6 +240,15 @@ class ConstrainedLoss(ProbabilityLoss, ABC):
     ) -> Residuals:
         """Constraints of a batch alone, with the gradient; nothing observes them. Arguments as for `forward`."""
 
+    def constraint_names(self, shape: Sequence[int], class_names: Mapping[int, str]) -> list[str]:
+        """Names of the constraints of one sample, in the order of the elements of a residual (B, *shape): for logs.
+
+        Args:
+            shape: of the residuals of one sample.
+            class_names: class number -> what it is called; a class without a name is called by its number.
+        """
+        return [str(number) for number in range(math.prod(shape))]
+
     def left_out(self) -> None:
         """No constraint was computed in this batch."""
         self.last = None

@@ -141,6 +141,18 @@ class ConstraintLoss(ConstrainedLoss):
         with torch.autocast(plain(input).device.type, enabled=False):
             return self._constraints(input, target, probabilities)
 
+    def constraint_names(self, shape: Sequence[int], class_names: Mapping[int, str]) -> list[str]:
+        """`lower_<class>` and `upper_<class>`, with `_<component>` behind when the statistic has several.
+
+        Shape (C', M, 2). The pairs of a relation are numbered from 0.
+        """
+        rows, components, _ = shape
+        first = 1 if self.per_class and not self.include_background else 0
+        numbers = self.classes or range(first, first + rows)
+        labels = [class_names.get(number, str(number)) if self.per_class else str(number) for number in numbers]
+        endings = [""] if components == 1 else [f"_{component}" for component in range(components)]
+        return [f"{bound}_{label}{end}" for label in labels for end in endings for bound in ("lower", "upper")]
+
     def terms(self) -> dict[str, Tensor]:
         """Of the last forward pass, 0-dim tensors on its device: for logging; empty without one.
 
