@@ -98,8 +98,9 @@ class TargetTrainer(SupervisedTrainer):
         if isinstance(loss_function, nn.Module):
             loss_function = loss_function.to(device)
         if prepare_batch is None:
-            ours = isinstance(loss_function, TargetLoss)
-            prepare_batch = PrepareBatchTargets(loss_function) if ours else default_prepare_batch
+            prepare_batch = default_prepare_batch
+            if isinstance(loss_function, TargetLoss):
+                prepare_batch = PrepareBatchTargets(loss_function)
         super().__init__(
             device=device,
             max_epochs=max_epochs,

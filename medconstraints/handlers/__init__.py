@@ -1,6 +1,7 @@
 """Handlers: what is attached to an engine, such as schedules, logs, checkpoints and the dual ascent."""
 
-from medconstraints.handlers.constraints import ConstraintMetricsHandler, DualPassHandler
+from medconstraints.handlers.constraints import ConstraintMetricsHandler
+from medconstraints.handlers.dual_pass import DualPassHandler
 from medconstraints.handlers.lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.handlers.loss_weights import LossWeightHandler
 from medconstraints.handlers.monitors import (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import torch
 from torch import Tensor
+
+from medconstraints import checks
 
 __all__ = ["ConstraintMetrics", "ConstraintTotals"]
 
@@ -50,8 +52,8 @@ class ConstraintMetrics:
     in several patches, counts with its last visit. Samples are told apart by their index; without an index every row is
     a sample of its own. Stability needs to know the samples again: it looks at the constraints of samples that both
     epochs visited, and that are free in neither. A share or mean over no constraint at all is None: stability in the
-    first epoch and without an index, everything when all constraints are free. A residual of NaN is not satisfied and
-    makes the violation NaN.
+    first epoch and without an index, everything when all constraints are free or there was no batch. A residual of NaN
+    is not satisfied and makes the violation NaN.
 
     Tensors stay on their device until the end of the epoch: no batch makes the host wait. In distributed training
     `compute` and `totals` gather the samples of all processes, so every process has to call them; all get the same
@@ -82,13 +84,11 @@ class ConstraintMetrics:
     def __init__(
         self, names: Sequence[str] | None = None, *, tolerance: float = 0.0, match_by_order: bool = False
     ) -> None:
-        if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"tolerance: expected a number >= 0, got {tolerance}; 0 takes the bounds as they are.")
         self.names = None if names is None else [*names]
         if self.names is not None and len(set(self.names)) < len(self.names):
             raise ValueError(f"names: expected a different one for each constraint, got {self.names}.")
-        self.tolerance = float(tolerance)
-        self.match_by_order = bool(match_by_order)
+        self.tolerance = checks.number("tolerance", tolerance, least=0)
+        self.match_by_order = checks.flag("match_by_order", match_by_order)
         self._rows: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._epoch: tuple[Tensor, Tensor, Tensor | None] | None = None
         # Sorted indices (N,) and what was satisfied (N, K) in the epoch before.
@@ -120,38 +120,28 @@ class ConstraintMetrics:
                 f"index: expected an integer for each of the {residual.shape[0]} rows of the residual, got "
                 f"{index.dtype} of shape {tuple(index.shape)}; give the position in the data set, or None."
             )
-        width = math.prod(residual.shape[1:])
-        if self.names is not None and len(self.names) != width:
-            raise ValueError(
-                f"names: expected {width}, one for each constraint of a residual of shape {tuple(residual.shape)}, "
-                f"got {len(self.names)}."
-            )
-        for what, known in (
-            ("the batches before", self._rows[0][0] if self._rows else None),
-            ("the epoch before", self._before[1] if self._before else None),
-        ):
-            if known is not None and known.shape[1] != width:
-                raise ValueError(
-                    f"residual: expected {known.shape[1]} constraints in each sample as in {what}, got {width}; use "
-                    "one ConstraintMetrics for each loss, and a state of the same run."
-                )
         if self._rows and (self._rows[0][2] is None) != (index is None):
             raise ValueError("index: expected in every batch of an epoch or in none; give it always.")
+        width = math.prod(residual.shape[1:])
+        known = [len(self.names)] if self.names is not None else []
+        known += [self._rows[0][0].shape[1]] if self._rows else []
+        known += [self._before[1].shape[1]] if self._before is not None else []
+        if any(width != count for count in known):
+            raise ValueError(
+                f"residual: expected {known[0]} constraints in each sample, as in the names, the batches and the epoch "
+                f"before, got {width}; use one ConstraintMetrics for each loss, and a state of the same run."
+            )
         rows = (residual.detach().reshape(len(residual), width), free.detach().reshape(len(free), width))
         self._rows.append((*rows, None if index is None else index.detach()))
         self._epoch = None
 
     def totals(self) -> ConstraintTotals:
-        """Sums over all constraints of the epoch so far, for totals over several losses; the host waits.
-
-        Raises:
-            RuntimeError: no batch was added since the epoch began.
-        """
+        """Sums over all constraints of the epoch so far, for totals over several losses; the host waits."""
         used, met, violation, before, kept = self._sums().sum(dim=1).tolist()
         return ConstraintTotals(int(used), int(met), violation, int(before), int(kept))
 
     def keys(self) -> list[str]:
-        """What `compute` returns, in its order: known after the first batch, without waiting for it."""
+        """What `compute` returns, in its order: all of it is known after the first batch, without waiting for it."""
         return ["satisfied", "stability", "violation", *self._keys("satisfied"), *self._keys("violation")]
 
     def compute(self) -> dict[str, float | None]:
@@ -159,9 +149,6 @@ class ConstraintMetrics:
 
         Keys: "satisfied", "stability", "violation", and for each constraint of a sample "satisfied_<name>" and
         "violation_<name>". None where there is no constraint, see the class.
-
-        Raises:
-            RuntimeError: no batch was added since the epoch began.
         """
         used, met, violation, _, _ = self._sums().tolist()
         result = self.totals().shares()
@@ -181,42 +168,47 @@ class ConstraintMetrics:
         """Forget the batches of an unfinished epoch, not the epoch before."""
         self._rows, self._epoch = [], None
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What the next epoch's stability needs, on the CPU; the batches of an unfinished epoch are not kept.
 
-        Keys: "index" (N,) int64 and "satisfied" (N, K) bool; none before the first `next_epoch` and without an index.
+        Keys: "names"; "index" (N,) int64 and "satisfied" (N, K) bool, not before the first `next_epoch` and not without
+        an index.
         """
-        return {} if self._before is None else dict(zip(("index", "satisfied"), self._before, strict=True))
+        before = {} if self._before is None else dict(zip(("index", "satisfied"), self._before, strict=True))
+        return {"names": self.names, **before}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the epoch that `state` was saved after.
 
         Raises:
             ValueError: it is no state of such metrics.
         """
-        if not state:
-            self._before = None
-        else:
-            if set(state) != {"index", "satisfied"} or state["satisfied"].shape[:-1] != state["index"].shape:
-                raise ValueError(
-                    f"state: expected 'index' (N,) and 'satisfied' (N, K), got "
-                    f"{ {name: tuple(value.shape) for name, value in state.items()} }; it is of something else."
-                )
-            self._before = (state["index"].long().cpu().clone(), state["satisfied"].bool().cpu().clone())
+        before = {name: value for name, value in state.items() if name != "names"}
+        if before and (
+            set(before) != {"index", "satisfied"} or before["satisfied"].shape[:-1] != before["index"].shape
+        ):
+            raise ValueError(
+                f"state: expected 'index' (N,) and 'satisfied' (N, K), got "
+                f"{ {name: tuple(value.shape) for name, value in before.items()} }; it is of something else."
+            )
+        self.names = state.get("names", self.names)
+        self._before = None
+        if before:
+            self._before = (before["index"].long().cpu().clone(), before["satisfied"].bool().cpu().clone())
         self.reset()
 
     def _keys(self, what: str) -> list[str]:
-        if not self._rows and self.names is None:
-            raise RuntimeError("metrics: no batch was added since the epoch began; call update() first.")
-        names = range(self._rows[0][0].shape[1]) if self.names is None else self.names
+        names: Sequence[Any] = self.names if self.names is not None else range(self._width())
         return [f"{what}_{name}" for name in names]
+
+    def _width(self) -> int:
+        """Constraints of a sample, as far as they are known."""
+        return self._rows[0][0].shape[1] if self._rows else len(self.names or ())
 
     def _samples(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Residual (N, K) and free (N, K) of the samples, and their sorted indices (N,), on the CPU."""
         if self._epoch is not None:
             return self._epoch
-        if not self._rows:
-            raise RuntimeError("metrics: no batch was added since the epoch began; call update() first.")
         residuals, frees, indices = zip(*self._rows, strict=True)
         residual, free = _of_all_processes(torch.cat(residuals)), _of_all_processes(torch.cat(frees))
         index: Tensor | None = None
@@ -232,6 +224,8 @@ class ConstraintMetrics:
 
     def _sums(self) -> Tensor:
         """The five sums of `ConstraintTotals` for each constraint of a sample, (5, K) float64 on the CPU."""
+        if not self._rows:
+            return torch.zeros(5, self._width(), dtype=torch.float64)
         residual, free, index = self._samples()
         used = ~free
         met = used & (residual <= self.tolerance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class EpochTable:
-    """CSV file with one row for each epoch; the columns stay those of its first row.
+    """CSV file with one row for each epoch; a column that comes later is empty in the rows before.
 
     The file is written whole beside itself and renamed: a run killed while it writes leaves the former one. A run that
     was resumed writes epochs again that the killed one had written: their rows, and all later ones, are cut. A new run
@@ -35,7 +34,7 @@ class EpochTable:
             columns: names of the values, without "epoch".
 
         Raises:
-            RuntimeError: the file exists and has other columns, or is no such table.
+            RuntimeError: the file exists and has other columns besides, or is no such table.
         """
         self._rows_before(0, columns)
 
@@ -47,22 +46,24 @@ class EpochTable:
             values: column -> number; None leaves the cell empty.
 
         Raises:
-            RuntimeError: the file exists and has other columns, or is no such table; it stays as it is.
+            RuntimeError: the file exists and has other columns besides, or is no such table; it stays as it is.
         """
         rows = self._rows_before(epoch, [*values])
-        if not rows and self.path.exists() and self.path.stat().st_size:
+        if not rows and self._has_text():
             # Nothing of the file is kept: it belongs to another run, unless that was killed in its first epoch.
             self._set_aside()
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["epoch", *values])
-        writer.writerows(rows)
-        # `repr` of a float is the shortest text that reads back as the same number.
-        writer.writerow([epoch, *("" if value is None else repr(float(value)) for value in values.values())])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(text.getvalue(), encoding="utf-8", newline="\n")
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            columns = dict.fromkeys(["epoch", *(rows[0] if rows else ()), *values])
+            writer = csv.DictWriter(file, [*columns], restval="", lineterminator="\n")
+            writer.writeheader()
+            row = {name: None if value is None else float(value) for name, value in values.items()}
+            writer.writerows([*rows, {"epoch": epoch, **row}])
         os.replace(beside, self.path)
+
+    def _has_text(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size > 0
 
     def _set_aside(self) -> None:
         number = 1
@@ -71,20 +72,21 @@ class EpochTable:
         os.replace(self.path, other)
         logger.warning("%s was of another run: it is now %s", self.path.name, other.name)
 
-    def _rows_before(self, epoch: int, columns: Sequence[str]) -> list[list[str]]:
-        if not self.path.exists() or not self.path.stat().st_size:
+    def _rows_before(self, epoch: int, columns: Sequence[str]) -> list[dict[str, str]]:
+        if not self._has_text():
             return []
         with self.path.open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        if header != ["epoch", *columns]:
-            lacks, has = sorted(set(columns) - set(header)), sorted(set(header) - {"epoch", *columns})
+            reader = csv.DictReader(file)
+            rows, found = [*reader], [*(reader.fieldnames or ())]
+        others = sorted(set(found) - {"epoch", *columns})
+        if others or found[:1] != ["epoch"]:
             raise RuntimeError(
-                f"{self.path.name}: its columns are those of another run (it lacks {lacks}, has besides {has}); "
-                "choose another file, or move this one away."
+                f"{self.path.name}: its columns are those of another run ({others} besides); choose another file, or "
+                "move this one away."
             )
         try:
-            return [row for row in rows if int(row[0]) < epoch]
-        except (IndexError, ValueError) as error:
+            return [row for row in rows if int(row["epoch"]) < epoch]
+        except (TypeError, ValueError) as error:
             raise RuntimeError(
                 f"{self.path.name}: expected the number of an epoch at the start of each row ({error}); move it away."
             ) from error

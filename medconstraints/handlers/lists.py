@@ -67,7 +67,7 @@ class _Validation(ValidationHandler):
         """Validate."""
         super().__call__(engine)
         if self.plateau is not None:
-            state: Any = self.validator.state  # type: ignore[union-attr]
+            state: Any = self.validator.state
             self.plateau.step(state.metrics[state.key_metric_name])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import ignite.distributed as idist
@@ -10,23 +10,20 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.utils.enums import CommonKeys
-from torch import Tensor, nn
+from torch import Tensor
 
 from medconstraints.formulations.base import Formulation
+from medconstraints.handlers.parts import formulations_in, parts_of
 from medconstraints.losses.base import TargetLoss
+from medconstraints.losses.partial_cross_entropy import PartialCrossEntropyLoss
+from medconstraints.losses.proposals import ProposalLoss
 
 __all__ = [
     "LossTermsHandler",
     "RequireFiniteLossHandler",
     "RequireTargetsHandler",
     "StepFormulationHandler",
-    "formulations_in",
 ]
-
-
-def formulations_in(loss: Any) -> list[Formulation]:
-    """Every formulation in a loss, each once."""
-    return [part for part in loss.modules() if isinstance(part, Formulation)] if isinstance(loss, nn.Module) else []
 
 
 def _terms(loss: Any) -> dict[str, Tensor]:
@@ -72,36 +69,30 @@ class LossTermsHandler:
         engine.state.metrics.update({self.prefix + name: value for name, value in values.items()})
 
 
-# Target of a loss -> what must be somewhere in it, and what to do when it is nowhere.
-_REQUIRED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "boxes": (
-        lambda boxes: boxes[..., 0] > 0,
-        "not one box in a whole epoch; check that the labels or box files of the training volumes hold the class, and "
-        "that the patch size and the spacing leave boxes in the patches.",
-    ),
-    "weak_label": (
-        lambda label: label >= 0,
-        "not one annotated voxel in a whole epoch; check that the labels or scribbles of the training volumes hold the "
-        "classes, and their value for what is not annotated. To train on constraints alone, take the loss that reads "
-        "the weak label out.",
-    ),
+# What a loss reads -> what to do when there is nothing in it.
+_ADVICE = {
+    "boxes": "not one box in a whole epoch; check that the labels or box files of the training volumes hold the class, "
+    "and that the patch size and the spacing leave boxes in the patches.",
+    "weak_label": "not one annotated voxel in a whole epoch; check that the labels or scribbles of the training "
+    "volumes hold the classes, and their value for what is not annotated. To train on constraints alone, take the loss "
+    "that reads the weak label out.",
 }
 
 
 class RequireTargetsHandler:
     """Stops a run whose first epoch had nothing to learn from: not one box, not one annotated voxel.
 
-    Looks at what the trainer's loss reads of "boxes" (B, N, 1 + 2 D), class > 0, and "weak_label" (B, 1, *S), value
-    >= 0. In distributed training the batches of all processes count, and all of them stop: one alone would leave the
-    others waiting for it.
+    Looks at what the parts of the trainer's loss read as "boxes" (B, N, 1 + 2 D), whose class must be above 0, and as
+    "weak_label" (B, 1, *S), which must not be the loss's `ignore_index`. In distributed training the batches of all
+    processes count, and all of them stop: one alone would leave the others waiting for it.
 
     Raises:
         ValueError: after the first epoch.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, bool] | None = None
-        self._judged = False
+        self._found: dict[str, bool] = {}
+        self._epoch_done = False
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -109,20 +100,27 @@ class RequireTargetsHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._judge)
 
     def _look(self, engine: Any) -> None:
-        if self._found is None:
-            read = engine.loss_function.target_keys if isinstance(engine.loss_function, TargetLoss) else ()
-            self._found = dict.fromkeys((key for key in _REQUIRED if key in read), False)
-        for key, found in self._found.items():
-            if not found and key in engine.state.batch:
-                self._found[key] = bool(_REQUIRED[key][0](engine.state.batch[key]).any())
+        if self._epoch_done:
+            return
+        for loss, entries in parts_of(engine.loss_function).values():
+            for entry in _ADVICE.keys() & entries.keys():
+                values = engine.state.batch.get(entries[entry])
+                if values is not None and not self._found.get(entry):
+                    self._found[entry] = bool(_teaches(entry, loss, values).any())
 
     def _judge(self, engine: Engine) -> None:
-        if self._judged:
+        if self._epoch_done:
             return
-        self._judged = True
-        for key, found in (self._found or {}).items():
-            if not idist.all_reduce(float(found), op="MAX"):
-                raise ValueError(f"{key}: {_REQUIRED[key][1]}")
+        self._epoch_done = True
+        for entry in sorted(self._found):
+            if not idist.all_reduce(float(self._found[entry]), op="MAX"):
+                raise ValueError(f"{entry}: {_ADVICE[entry]}")
+
+
+def _teaches(entry: str, loss: TargetLoss, values: Tensor) -> Tensor:
+    if entry == "boxes":
+        return values[..., 0] > 0
+    return values != (loss.ignore_index if isinstance(loss, PartialCrossEntropyLoss | ProposalLoss) else -1)
 
 
 class RequireFiniteLossHandler:
