@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["bounds", "flag", "number", "one_key", "plain", "slice_axis", "spacing", "whole_number"]
+__all__ = [
+    "affine_spacing",
+    "bounds",
+    "choice",
+    "flag",
+    "fully_labelled",
+    "label_map",
+    "label_name",
+    "number",
+    "one_key",
+    "plain",
+    "slice_axis",
+    "spacing",
+    "stray_values",
+    "whole_number",
+]
+
+_SHOWN_VALUES = 5
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -129,3 +150,85 @@ def bounds(values: Tensor, shape: Sequence[int]) -> Tensor:
             "inf, never NaN."
         )
     return values
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> str:
+    """One of the words that an option may have.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    words = [*options]
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}.")
+    return str(value)
+
+
+def label_name(volume: Any, key: Hashable) -> str:
+    """File name of a loaded volume for messages; its key where it did not come from a file."""
+    name = volume.meta.get("filename_or_obj") if isinstance(volume, MetaTensor) else None
+    return Path(str(name)).name if name else str(key)
+
+
+def label_map(label: Any, name: str) -> None:
+    """Refuse what is no map of class numbers (1, *S) in 2D or 3D.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if label.ndim not in (3, 4) or label.shape[0] != 1:
+        raise ValueError(
+            f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
+            "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
+        )
+
+
+def stray_values(values: Any, num_classes: int | None = None, ignored: Iterable[float | None] = ()) -> str:
+    """The values of a label map that are no class number, as text; empty where there are none.
+
+    Args:
+        values: array or tensor of any shape.
+        num_classes: class numbers are 0..num_classes - 1; None for any whole number >= 0.
+        ignored: values that are accepted besides.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    wrong = (array < 0) | (array > (math.inf if num_classes is None else num_classes - 1))
+    if array.dtype.kind == "f":
+        wrong |= (array != np.rint(array)) | (array == math.inf)  # NaN equals nothing
+    for value in ignored:
+        wrong &= array != value
+    found = np.unique(array[wrong]) if wrong.any() else array[:0].ravel()
+    more = f" and {len(found) - _SHOWN_VALUES} more" if len(found) > _SHOWN_VALUES else ""
+    return ", ".join(f"{value:g}" for value in found[:_SHOWN_VALUES]) + more
+
+
+def affine_spacing(volume: Any, name: str) -> tuple[float, ...]:
+    """Voxel spacing in mm along each axis of a loaded volume (C, *S).
+
+    Raises:
+        ValueError: it is a plain tensor, which has no affine.
+    """
+    if not isinstance(volume, MetaTensor):
+        raise ValueError(
+            f"{name}: expected a MetaTensor, whose affine tells the millimetres, got {type(volume).__name__}; put this "
+            "transform after loading and before the conversion to a plain tensor."
+        )
+    affine = torch.as_tensor(volume.affine, dtype=torch.float64).cpu()
+    return tuple(affine[:-1, : volume.ndim - 1].norm(dim=0).tolist())
+
+
+def fully_labelled(item: Mapping[Hashable, Any], full_key: str) -> bool:
+    """Whether an item is one of the fully annotated ones of a hybrid training (Kervadec 2020, 2.4.3).
+
+    Args:
+        item: an entry of a datalist.
+        full_key: its key that says so, true or false (or 1 or 0); an item without it is weakly labelled.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    value = item.get(full_key, False)
+    # "false" is a true string: only what cannot be misread is taken.
+    if isinstance(value, str) or value not in (0, 1):
+        raise ValueError(f"{full_key}: expected true or false, got {value!r}; correct this entry of the datalist.")
+    return bool(value)

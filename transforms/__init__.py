@@ -3,15 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from medconstraints.transforms.bounds import LabelToBoundsd, label_to_centroid_bounds, label_to_size_bounds
+from medconstraints.transforms.bounds import LabelToBoundsd, label_to_bounds, presence_bounds
 from medconstraints.transforms.box_grid import BoxesToGridd, map_boxes
 from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
 from medconstraints.transforms.chains import (
-    bounds_from,
-    boxes_from,
-    inference_postprocessing,
-    read_volumes,
-    weak_labels_from,
+    bounds_transforms,
+    box_transforms,
+    mask_transforms,
+    reading_transforms,
+    weak_label_transforms,
 )
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
@@ -21,8 +21,8 @@ from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
-from medconstraints.transforms.weak_label_maps import erode_label, random_point_label
-from medconstraints.transforms.weak_labels import ErodeLabeld, RandomPointLabeld, ScribbleToWeakLabeld
+from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
+from medconstraints.transforms.weak_labels import WeakLabeld
 
 if TYPE_CHECKING:
     from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
@@ -32,37 +32,36 @@ __all__ = [
     "BoxesToGridd",
     "CheckVolumesd",
     "DecodeDistanceMapd",
-    "ErodeLabeld",
+    "Erosion",
     "ItemToBoundsd",
     "LabelToBoundsd",
     "LabelToBoxesd",
     "LoadBoxesd",
     "LoadVolumed",
+    "Points",
     "RandCropToBoxd",
-    "RandomPointLabeld",
     "SaveMaskd",
-    "ScribbleToWeakLabeld",
+    "Scribble",
     "SignedDistanceMapd",
     "VolumeError",
-    "bounds_from",
-    "boxes_from",
-    "erode_label",
+    "WeakLabeld",
+    "bounds_transforms",
+    "box_transforms",
     "fit_common_bounds",
     "fit_size_bounds",
-    "inference_postprocessing",
     "intensity_transforms",
+    "label_to_bounds",
     "label_to_boxes",
-    "label_to_centroid_bounds",
-    "label_to_size_bounds",
     "load_common_bounds",
     "map_boxes",
+    "mask_transforms",
     "pad_boxes_collate",
     "patch_transforms",
-    "random_point_label",
-    "read_volumes",
+    "presence_bounds",
+    "reading_transforms",
     "save_common_bounds",
     "save_mask",
-    "weak_labels_from",
+    "weak_label_transforms",
 ]
 
 _COMMAND_LINES = {

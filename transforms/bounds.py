@@ -1,151 +1,156 @@
-"""Bounds on the size or the centroid of each class, the small tensor that the constraint losses take."""
+"""Bounds on any statistic of each object, made from its label: the small tensor that the constraint losses take."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from medconstraints.transforms.weak_labels import is_fully_labelled, label_name
+from medconstraints import checks
+from medconstraints.statistics import (
+    soft_centroid,
+    soft_fraction,
+    soft_mean_intensity,
+    soft_moments,
+    soft_outside_extent,
+    soft_size,
+    soft_size_ratio,
+    soft_spread,
+)
 
-__all__ = ["LabelToBoundsd", "label_to_centroid_bounds", "label_to_size_bounds"]
+__all__ = ["LabelToBoundsd", "free_bounds", "label_to_bounds", "presence_bounds"]
 
-LEVELS = ("individual", "common", "tags", "none")
+LEVELS = ("individual", "tags", "none")
 UNITS = ("voxel", "mm")
 
+Statistic = Callable[..., Tensor]
+Margin = float | Sequence[float] | None
 
-def label_to_size_bounds(
+_NEVER_NEGATIVE = (soft_size, soft_centroid, soft_moments, soft_spread, soft_size_ratio, soft_outside_extent)
+# One mask at a time: with many classes in a large volume all of them in float64 would be too much.
+_CLASS_BY_CLASS = (soft_centroid, soft_moments, soft_spread, soft_mean_intensity, soft_fraction)
+
+
+def label_to_bounds(
     label: np.ndarray | Tensor,
     num_classes: int,
+    statistic: Statistic = soft_size,
     *,
-    level: str = "individual",
-    margin: float = 0.1,
-    common: Sequence[Sequence[float]] | None = None,
-    spacing_mm: Sequence[float] | None = None,
+    margin: Margin = None,
+    relative_margin: Margin = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Bounds on the size of each class at one of the levels of supervision of Kervadec 2020, 2.4.3.
+    """Value of a statistic in the label -+ a margin, for each class, or pair of classes, that the label has.
 
-    - "individual" (eq. 2.7): size * (1 - margin) to size * (1 + margin), not below 0.
-    - "common" (eq. 2.6): the same given bounds in every image that has the class.
-    - "tags" (eq. 2.5): 1 voxel to the whole image.
-    - "none": free.
-
-    At the first three levels a class that is absent gets 0 to 0. The background is always free.
+    value -+ margin (Kervadec 2020, eq. 3.12), or value * (1 -+ relative_margin) (eq. 2.7); not below 0 for sizes,
+    centroids, spreads, ratios and extents. Free are the background, unless a relation names it, and what concerns an
+    absent class, except its size, which gets 0 to 0.
 
     Args:
         label: (*S), 2D or 3D, class numbers 0..num_classes - 1 on every voxel.
         num_classes: classes of the network with the background, C.
-        level: see above.
-        margin: of "individual", a share of the size.
-        common: of "common", one [lower, upper] per foreground class, voxels, or mm^D with `spacing_mm`.
-        spacing_mm: voxel spacing, one value per axis, for bounds in mm^D; None for voxels.
+        statistic: function `probs (B, C, *S) -> (B, C, M)`; one with an argument `pairs` is a relation, (B, R, M). It
+            gets the label as probabilities 0 and 1 in float64, B = 1.
+        margin: in the statistic's unit, >= 0, one or M.
+        relative_margin: a share of the value, >= 0, one or M; 0.1 when no margin is given.
+        options: further arguments of the statistic, such as {"spacing_mm": (1, 1, 3)} for mm, or {"image": (1, M, *S)}.
 
     Returns:
-        (C, 1, 2) float32, lower and upper; free is -inf and inf.
+        (C, M, 2), or (R, M, 2), float32, lower and upper; free is -inf and inf.
 
     Raises:
         ValueError: an argument is outside its range, or the label has other values.
 
     Example:
-        >>> label_to_size_bounds(np.array([[0, 1, 1], [0, 1, 1]]), 2, margin=0.25).tolist()
+        >>> label = np.array([[0, 1, 1], [0, 1, 1]])
+        >>> label_to_bounds(label, 2, relative_margin=0.25).tolist()
         [[[-inf, inf]], [[3.0, 5.0]]]
-    """
-    _check_level(level)
-    check_margin("margin", margin)
-    array = _checked_label(label, num_classes, "label")
-    bounds = free_bounds(num_classes, 1)
-    if level == "none":
-        return bounds
-    voxel = 1.0 if spacing_mm is None else math.prod(_checked_spacing(spacing_mm, array.ndim))
-    size = voxel * np.bincount(array.ravel(), minlength=num_classes)[1:].astype(np.float64)
-    if level == "individual":
-        lower, upper = np.maximum(size * (1 - margin), 0), size * (1 + margin)
-    elif level == "common":
-        if common is None:
-            raise ValueError('common: expected one [lower, upper] per foreground class for level "common", got None.')
-        lower, upper = np.array(_checked_common(common, num_classes, "common")).T
-    else:
-        lower, upper = np.full_like(size, voxel), np.full_like(size, voxel * array.size)
-    present = size > 0
-    bounds[1:, 0] = torch.from_numpy(np.stack([lower * present, upper * present], axis=1)).float()
-    return bounds
-
-
-def label_to_centroid_bounds(
-    label: np.ndarray | Tensor,
-    num_classes: int,
-    *,
-    margin_voxels: float = 20,
-    spacing_mm: Sequence[float] | None = None,
-) -> Tensor:
-    """Bounds on the centroid of each class (Kervadec 2020, eq. 3.12): its true place -+ a margin, not below 0.
-
-    An absent class has no centroid and is free, as the background is.
-
-    Args:
-        label: (*S), 2D or 3D, class numbers 0..num_classes - 1 on every voxel.
-        num_classes: classes of the network with the background, C.
-        margin_voxels: along each axis.
-        spacing_mm: voxel spacing, one value per axis, for bounds in mm; None for voxels.
-
-    Returns:
-        (C, D, 2) float32, lower and upper, 0-based voxel coordinates or index * spacing, as `soft_centroid` has them.
-
-    Raises:
-        ValueError: an argument is outside its range, or the label has other values.
-
-    Example:
-        >>> label_to_centroid_bounds(np.array([[0, 1, 1], [0, 1, 1]]), 2, margin_voxels=1)[1].tolist()
+        >>> label_to_bounds(label, 2, soft_centroid, margin=1)[1].tolist()
         [[0.0, 1.5], [0.5, 2.5]]
     """
-    check_margin("margin_voxels", margin_voxels)
-    array = _checked_label(label, num_classes, "label")
-    spacing = np.ones(array.ndim) if spacing_mm is None else np.array(_checked_spacing(spacing_mm, array.ndim))
-    bounds = free_bounds(num_classes, array.ndim)
-    voxels = np.nonzero(array)
-    classes = array[voxels]
-    count = np.bincount(classes, minlength=num_classes)
-    sums = np.stack([np.bincount(classes, weights=axis, minlength=num_classes) for axis in voxels], axis=1)
-    present = np.flatnonzero(count)
-    centroid = sums[present] / count[present, None]
-    lower, upper = np.maximum(centroid - margin_voxels, 0), centroid + margin_voxels
-    bounds[present] = torch.from_numpy(np.stack([lower * spacing, upper * spacing], axis=-1)).float()
-    return bounds
+    share, steps = _checked_margins(margin, relative_margin)
+    array = _class_numbers(label, num_classes)
+    values, known = _values(array, num_classes, statistic, options or {})
+    for name, given in (("margin", steps), ("relative_margin", share)):
+        if given.size not in (1, values.shape[1]):
+            raise ValueError(
+                f"{name}: expected one value, or one for each of {values.shape[1]} components, got {given}."
+            )
+    sides = np.stack([values * (1 - share), values * (1 + share)])  # a negative value turns them round
+    lower, upper = sides.min(0) - steps, sides.max(0) + steps
+    if _function(statistic) in _NEVER_NEGATIVE:
+        lower = np.maximum(lower, 0)
+    return _bounds(lower, upper, known, statistic)
+
+
+def presence_bounds(
+    label: np.ndarray | Tensor,
+    num_classes: int,
+    bounds: Sequence[Any] | np.ndarray,
+    statistic: Statistic = soft_size,
+) -> Tensor:
+    """The same bounds in every image that has the class (Kervadec 2020, eq. 2.6), or both classes of a pair.
+
+    Args:
+        label: see `label_to_bounds`.
+        num_classes: see `label_to_bounds`.
+        bounds: one [lower, upper], or M of them, for each foreground class, or for each pair of a relation.
+        statistic: what they are bounds of; its value is not computed.
+
+    Returns:
+        As `label_to_bounds`.
+
+    Raises:
+        ValueError: the bounds are not ordered or not as many as classes, or the label has other values.
+
+    Example:
+        >>> presence_bounds(np.array([[0, 1, 1]]), 3, [[1, 9], [2, 5]]).tolist()
+        [[[-inf, inf]], [[1.0, 9.0]], [[0.0, 0.0]]]
+    """
+    table = _checked_table(bounds, num_classes, statistic, "bounds")
+    known = _known_rows(_class_numbers(label, num_classes), num_classes, statistic)
+    table = np.concatenate([np.zeros((len(known) - len(table), *table.shape[1:])), table])  # the background is free
+    return _bounds(table[..., 0], table[..., 1], known, statistic)
+
+
+def free_bounds(rows: int, components: int) -> Tensor:
+    """Bounds (rows, components, 2) that bound nothing."""
+    return torch.tensor([-math.inf, math.inf]).repeat(rows, components, 1)
 
 
 class LabelToBoundsd(MapTransform):
-    """Bounds of a label, for experiments that pretend that only sizes or places of the objects are known.
+    """Bounds of a label, for experiments that pretend that only a statistic of the objects is known.
 
-    Reads the label at `keys`, (1, *S), and writes `bounds_key`, (C, M, 2) float32, lower and upper, background first;
-    M = 1 for sizes, D for centroids. The bounds are those of the array at this place in the chain: put it after all
-    spatial augmentation, because a crop, a zoom or a rotation changes sizes and places. To constrain the volume that
-    all slices of a patient have together (Kervadec 2020, 2.4.4), put it before the slicing and give each slice the
-    bounds of its volume.
+    Reads the label at `keys`, (1, *S), and writes `bounds_key`, (C, M, 2) float32, lower and upper, background first,
+    or (R, M, 2) for a relation. The bounds are those of the array at this place in the chain: put it after all spatial
+    augmentation, because a crop, a zoom or a rotation changes sizes and places. To constrain the volume that all slices
+    of a patient have together (Kervadec 2020, 2.4.4), put it before the slicing and give each slice the bounds of its
+    volume.
 
     Args:
         keys: key of the label.
         bounds_key: key of the bounds.
         num_classes: classes of the network with the background, C.
-        statistic: "size" or "centroid".
-        level: "individual", "common", "tags" or "none", see `label_to_size_bounds`; for centroids "individual" or
-            "none".
-        margin: of individual sizes, a share.
-        margin_voxels: of centroids.
-        common_bounds: for level "common": one [lower, upper] per foreground class in `units`, or the path of the file
-            that `medconstraints.transforms.common_bounds` writes.
-        units: "voxel", or "mm" (mm^D for sizes), with the spacing of the label's affine. The statistic needs the same
-            spacing: it is written to `spacing_key`, (D,), to be given to `ConstraintLoss` as "spacing_mm".
-        spacing_key: key of the spacing, with `units` "mm".
-        image_key: key of the image, which tells the number of axes when `level` is "none" and there is no label.
+        statistic: see `label_to_bounds`. In a config: {"_target_": "medconstraints.statistics.soft_centroid",
+            "_mode_": "callable"}, where more keys set its arguments. Arguments without a default, such as `image`, are
+            taken from the item, under their name.
+        level: what is known (Kervadec 2020, 2.4.3). "individual": the value -+ a margin. "tags", of sizes (eq. 2.5): 1
+            voxel to the whole image where the class is present. Common bounds, see `presence_bounds`: a list in
+            `units`, or the path of the .json file of sizes that `medconstraints.transforms.common_bounds` writes.
+            "none": free bounds; no label is needed, but an "image".
+        margin: see `label_to_bounds`, in `units`.
+        relative_margin: see `label_to_bounds`.
+        units: "voxel", or "mm" (mm^D for sizes), with the spacing of the label's affine. The loss needs the same: it is
+            written to "spacing_mm", (D,), the name under which `ConstraintLoss` takes it.
         full_key: an item whose value here is true gets free bounds, because its whole label trains it (hybrid
             training).
         allow_missing_keys: leave items without a label as they are.
@@ -153,6 +158,7 @@ class LabelToBoundsd(MapTransform):
     Raises:
         ValueError: an argument is outside its range, or the label is not (1, *S), has other values than
             0..num_classes - 1 or (for "mm") no affine; the message names the file.
+        KeyError: no label, or no entry for an argument of the statistic.
 
     Example:
         >>> item = {"label": torch.tensor([[[0, 1, 1], [0, 1, 0]]])}
@@ -166,175 +172,201 @@ class LabelToBoundsd(MapTransform):
         bounds_key: str = "bounds",
         *,
         num_classes: int,
-        statistic: str = "size",
-        level: str = "individual",
-        margin: float = 0.1,
-        margin_voxels: float = 20,
-        common_bounds: Sequence[Sequence[float]] | str | PathLike[str] | None = None,
+        statistic: Statistic = soft_size,
+        level: str | PathLike[str] | Sequence[Any] = "individual",
+        margin: Margin = None,
+        relative_margin: Margin = None,
         units: str = "voxel",
-        spacing_key: str = "spacing_mm",
-        image_key: str = "image",
         full_key: str = "fully_labelled",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        check_num_classes(num_classes)
-        _check_level(level)
-        check_units(units)
-        check_margin("margin", margin)
-        check_margin("margin_voxels", margin_voxels)
-        if statistic not in ("size", "centroid"):
-            raise ValueError(f'statistic: expected "size" or "centroid", got {statistic!r}.')
-        if statistic == "centroid" and level not in ("individual", "none"):
-            raise ValueError(
-                f'level: expected "individual" or "none" for centroids, got {level!r}: there is no common place.'
-            )
-        if (level == "common") != (common_bounds is not None):
-            raise ValueError(
-                'common_bounds: expected bounds, or the path of their file, exactly if level is "common", got '
-                f"{common_bounds!r} with level {level!r}."
-            )
-        if isinstance(common_bounds, str | PathLike):
+        self.key = checks.one_key(keys)
+        self.bounds_key = bounds_key
+        self.num_classes = checks.whole_number("num_classes", num_classes, 2)
+        if not callable(statistic):
+            raise TypeError(f"statistic: expected a function such as soft_size, got {statistic!r}.")
+        self.statistic = statistic
+        self.units = checks.choice("units", units, UNITS)
+        self.in_mm = units == "mm" and "spacing_mm" in _arguments(statistic)
+        self.level, self.common = self._checked_level(level)
+        _checked_margins(margin, relative_margin)
+        self.margin = margin
+        self.relative_margin = relative_margin
+        self.full_key = full_key
+
+    def _checked_level(self, level: Any) -> tuple[str, np.ndarray | None]:
+        """The level, "common" where it is bounds or their file, and these."""
+        is_size = _function(self.statistic) is soft_size
+        word = level if isinstance(level, str) else ""
+        if word == "tags" and not is_size:
+            raise ValueError('level: expected "tags" for sizes alone: 1 voxel to all says nothing of this statistic.')
+        if self.units == "mm" and not self.in_mm and word == "individual":
+            raise ValueError('units: expected a statistic with an argument spacing_mm for "mm", got one without.')
+        if word in LEVELS:
+            return word, None
+        if word and not word.endswith(".json"):
+            levels = ", ".join(LEVELS)
+            raise ValueError(f"level: expected {levels}, common bounds, or the path of their .json file, got {word!r}.")
+        if isinstance(level, str | PathLike):
             # Not imported above: `python -m medconstraints.transforms.common_bounds` would find itself imported.
             from medconstraints.transforms.common_bounds import load_common_bounds
 
-            if units != "voxel":
-                raise ValueError(
-                    f"common_bounds: expected a list of bounds in mm for units {units!r}, got {common_bounds}: the "
-                    'file counts voxels; use units "voxel".'
-                )
-            common_bounds = load_common_bounds(common_bounds)
-        self.common_bounds = (
-            None if common_bounds is None else _checked_common(common_bounds, num_classes, "common_bounds")
-        )
-        self.bounds_key = bounds_key
-        self.num_classes = num_classes
-        self.statistic = statistic
-        self.level = level
-        self.spacing_key = spacing_key
-        self.image_key = image_key
-        self.margin = margin
-        self.margin_voxels = margin_voxels
-        self.units = units
-        self.full_key = full_key
+            if self.units != "voxel" or not is_size:
+                raise ValueError(f'level: expected soft_size and units "voxel" for {level}: such a file counts voxels.')
+            level = load_common_bounds(level)
+        return "common", _checked_table(level, self.num_classes, self.statistic, "level")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the bounds to a copy of `data`."""
         item = dict(data)
-        full = is_fully_labelled(item, self.full_key)
-        if self.level == "none" and not set(self.keys) & set(item):
-            # Nothing is looked up in the label; a centroid has as many components as the image has axes.
-            components = 1 if self.statistic == "size" else item[self.image_key].ndim - 1
-            item[self.bounds_key] = free_bounds(self.num_classes, components)
+        # At "none" nothing is looked up in the label; how many components there are, an image tells as well.
+        key = "image" if self.level == "none" and self.key not in item else self.key
+        if key not in item and self.allow_missing_keys:
             return item
-        for key in self.key_iterator(item):
-            item[self.bounds_key] = self._bounds(item[key], key, free=full or self.level == "none")
-            if self.units == "mm":
-                spacing = spacing_of(item[key], label_name(item[key], key))
-                item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
+        if key not in item:
+            raise KeyError(f"{key}: expected this key in the item, got {sorted(map(str, item))}.")
+        volume, name = item[key], checks.label_name(item[key], key)
+        if key == self.key:
+            checks.label_map(volume, name)
+        spacing = checks.affine_spacing(volume, name) if self.units == "mm" else None
+        if self.level == "none" or checks.fully_labelled(item, self.full_key):
+            empty = np.zeros(tuple(volume.shape[1:]), dtype=np.uint8)
+            item[self.bounds_key] = free_bounds(*self._bounds(empty, item, spacing).shape[:2])
+        else:
+            try:
+                item[self.bounds_key] = self._bounds(volume[0], item, spacing)
+            except ValueError as error:
+                raise ValueError(f"{name}: {str(error).removeprefix('label: ')}") from error
+        if spacing is not None:
+            item["spacing_mm"] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
-    def _bounds(self, label: Tensor, key: Hashable, *, free: bool) -> Tensor:
-        name = label_name(label, key)
-        if label.ndim not in (3, 4) or label.shape[0] != 1:
-            raise ValueError(
-                f"{name}: expected a label map (1, *S) with one channel, got shape {tuple(label.shape)}; use "
-                "EnsureChannelFirstd before, and class numbers rather than one-hot channels."
-            )
-        dims = label.ndim - 1
-        if free:
-            return free_bounds(self.num_classes, 1 if self.statistic == "size" else dims)
-        spacing = None if self.units == "voxel" else spacing_of(label, name)
-        array = _checked_label(label[0], self.num_classes, name)
-        if self.statistic == "centroid":
-            return label_to_centroid_bounds(
-                array, self.num_classes, margin_voxels=self.margin_voxels, spacing_mm=spacing
-            )
-        return label_to_size_bounds(
-            array,
+    def _bounds(self, label: Any, item: Mapping[Hashable, Any], spacing: tuple[float, ...] | None) -> Tensor:
+        if self.common is not None:
+            return presence_bounds(label, self.num_classes, self.common, self.statistic)
+        if self.level == "tags":
+            voxel = math.prod(spacing or (1.0,))
+            whole = [[voxel, voxel * math.prod(label.shape)]] * (self.num_classes - 1)
+            return presence_bounds(label, self.num_classes, whole, self.statistic)
+        options: dict[str, Any] = {"spacing_mm": spacing} if self.in_mm else {}
+        for name, default in _arguments(self.statistic).items():
+            if default is inspect.Parameter.empty and name not in options:
+                if name not in item:
+                    raise KeyError(
+                        f"{name}: expected this argument of the statistic in the item, got {sorted(map(str, item))}."
+                    )
+                options[name] = checks.plain(torch.as_tensor(item[name]))[None]
+        return label_to_bounds(
+            label,
             self.num_classes,
-            level=self.level,
+            self.statistic,
             margin=self.margin,
-            common=self.common_bounds,
-            spacing_mm=spacing,
+            relative_margin=self.relative_margin,
+            options=options,
         )
 
 
-def free_bounds(num_classes: int, components: int) -> Tensor:
-    return torch.tensor([-math.inf, math.inf]).repeat(num_classes, components, 1)
+def _function(statistic: Statistic) -> Statistic:
+    """The function inside of `functools.partial`, as a config makes it."""
+    while isinstance(statistic, functools.partial):
+        statistic = statistic.func
+    return statistic
 
 
-def is_size(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) < math.inf
+def _arguments(statistic: Statistic) -> dict[str, Any]:
+    """Name and default of the arguments besides the probabilities."""
+    return {name: entry.default for name, entry in [*inspect.signature(statistic).parameters.items()][1:]}
 
 
-def is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-
-
-def spacing_of(volume: Tensor, name: str) -> list[float]:
-    """Spacing in mm along each axis of a (C, *S) volume."""
-    if not isinstance(volume, MetaTensor):
-        raise ValueError(
-            f'{name}: expected a MetaTensor for units "mm", got {type(volume).__name__}, which has no affine; use '
-            'units "voxel", or put this transform before the conversion to a plain tensor.'
-        )
-    affine = torch.as_tensor(volume.affine, dtype=torch.float64).cpu()
-    spacing: list[float] = affine[:-1, : volume.ndim - 1].norm(dim=0).tolist()
-    return spacing
-
-
-def _checked_label(label: np.ndarray | Tensor, num_classes: int, name: str) -> np.ndarray:
-    check_num_classes(num_classes)
+def _class_numbers(label: np.ndarray | Tensor, num_classes: int) -> np.ndarray:
+    checks.whole_number("num_classes", num_classes, 2)
     array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
     if array.ndim not in (2, 3):
-        raise ValueError(f"{name}: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
-    with np.errstate(invalid="ignore"):  # NaN and infinity become some number, which they do not equal
-        numbers = array.astype(np.int64, copy=False)
-    whole = numbers is array or bool((numbers == array).all())
-    if not whole or (array.size and not 0 <= numbers.min() <= numbers.max() < num_classes):
+        raise ValueError(f"label: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
+    if stray := checks.stray_values(array, num_classes):
         raise ValueError(
-            f"{name}: expected class numbers 0 to {num_classes - 1} on every voxel, got values such as "
-            f"{np.unique(array)[[0, -1]].tolist()}; set num_classes, map them (MapLabelValued), and give the full "
-            "label: a size needs all voxels."
+            f"label: expected class numbers 0 to {num_classes - 1} on every voxel, got {stray}; set num_classes, map "
+            "them (MapLabelValued), and give the full label: a size needs all voxels."
         )
-    return numbers
+    return array.astype(np.int64, copy=False)
 
 
-def _checked_spacing(spacing_mm: Sequence[float], dims: int) -> list[float]:
-    spacing = [float(value) for value in spacing_mm]
-    if len(spacing) != dims or not all(0 < value < math.inf for value in spacing):
-        raise ValueError(f"spacing_mm: expected {dims} positive values, one per axis of the label, got {spacing}.")
-    return spacing
+def _known_rows(array: np.ndarray, num_classes: int, statistic: Statistic) -> np.ndarray:
+    """Whether there is something to bound: the foreground classes, or pairs of classes, that are present."""
+    present = np.bincount(array.ravel(), minlength=num_classes) > 0
+    pairs = _arguments(statistic).get("pairs")
+    if pairs is not None:
+        return np.array([present[first] and present[second] for first, second in pairs])
+    present[0] = False
+    return present
 
 
-def _checked_common(common: Sequence[Sequence[float]], num_classes: int, name: str) -> list[list[float]]:
-    valid = len(common) == num_classes - 1 and all(
-        is_pair(pair) and is_size(pair[0]) and is_size(pair[1]) and pair[0] <= pair[1] for pair in common
-    )
-    if not valid:
+def _values(
+    array: np.ndarray, num_classes: int, statistic: Statistic, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values (R, M) in float64, and which rows are known; the others' values mean nothing."""
+    known = _known_rows(array, num_classes, statistic)
+    if _function(statistic) is soft_size:
+        voxel = math.prod(options.get("spacing_mm") or (1.0,))
+        return voxel * np.bincount(array.ravel(), minlength=num_classes)[:, None].astype(np.float64), known
+
+    def values(classes: Sequence[int]) -> np.ndarray:
+        masks = torch.from_numpy(np.stack([array == cls for cls in classes])[None])
+        return np.asarray(statistic(masks.double(), **options)[0], dtype=np.float64)
+
+    if _function(statistic) not in _CLASS_BY_CLASS:
+        found = values(range(num_classes))
+    else:
+        classes = [*np.flatnonzero(known)] or [1]
+        rows = np.concatenate([values([cls]) for cls in classes])
+        found = np.zeros((num_classes, rows.shape[1]))
+        found[classes] = rows
+    if len(found) != len(known):
         raise ValueError(
-            f"{name}: expected one [lower, upper] for each of the {num_classes - 1} foreground classes, 0 <= "
-            f"lower <= upper, got {common!r}."
+            f"statistic: expected one row for each of the {len(known)} classes or pairs, got {len(found)}; a relation "
+            "between classes needs an argument `pairs`."
         )
-    return [[float(lower), float(upper)] for lower, upper in common]
+    return found, known
 
 
-def check_num_classes(num_classes: int) -> None:
-    if int(num_classes) != num_classes or num_classes < 2:
-        raise ValueError(f"num_classes: expected an integer of at least 2, background included, got {num_classes}.")
+def _bounds(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, statistic: Statistic) -> Tensor:
+    bounds = free_bounds(*lower.shape)
+    bounds[known] = torch.from_numpy(np.stack([lower, upper], axis=-1)[known]).float()
+    if _function(statistic) is soft_size:
+        bounds[1:][torch.from_numpy(~known[1:])] = 0
+    return bounds
 
 
-def _check_level(level: str) -> None:
-    if level not in LEVELS:
-        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}.")
+def _checked_margins(margin: Margin, relative_margin: Margin) -> tuple[np.ndarray, np.ndarray]:
+    """Share and steps, one of which is 0."""
+    if margin is not None and relative_margin is not None:
+        raise ValueError("margin: expected a margin or a relative_margin, got both; remove one.")
+    if margin is None and relative_margin is None:
+        relative_margin = 0.1
+    sides = []
+    for name, given in (("relative_margin", relative_margin), ("margin", margin)):
+        values = np.atleast_1d(np.asarray(0.0 if given is None else given, dtype=np.float64))
+        if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
+            raise ValueError(f"{name}: expected a number >= 0, or one for each component, got {given!r}.")
+        sides.append(values)
+    return sides[0], sides[1]
 
 
-def check_units(units: str) -> None:
-    if units not in UNITS:
-        raise ValueError(f'units: expected "voxel" or "mm", got {units!r}.')
-
-
-def check_margin(name: str, margin: float) -> None:
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"{name}: expected a number >= 0, got {margin!r}.")
+def _checked_table(bounds: Any, num_classes: int, statistic: Statistic, name: str) -> np.ndarray:
+    """Common bounds as (R, M, 2), without a row for the background."""
+    pairs = _arguments(statistic).get("pairs")
+    rows = num_classes - 1 if pairs is None else len(pairs)
+    try:
+        table = np.asarray(bounds, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.empty(0)
+    table = table[:, None] if table.ndim == 2 else table
+    ordered = table.ndim == 3 and table.shape[::2] == (rows, 2) and bool((table[..., 0] <= table[..., 1]).all())
+    if not ordered or (_function(statistic) is soft_size and (table < 0).any()):
+        what = "foreground classes" if pairs is None else "pairs"
+        raise ValueError(
+            f"{name}: expected [lower, upper], lower <= upper, for each of the {rows} {what}, and >= 0 for sizes, got "
+            f"{bounds!r}."
+        )
+    return table

@@ -1,8 +1,9 @@
-"""Transform chains that every bundle would otherwise repeat: reading and normalising volumes, and the way back."""
+"""Chains that every bundle would otherwise repeat: functions that return lists of transforms for `Compose`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,25 @@ from monai.transforms import (
     Orientationd,
     Spacingd,
 )
+from torch import Tensor
 
-from medconstraints.checks import flag
-from medconstraints.transforms.bounds import LabelToBoundsd
+from medconstraints import checks
+from medconstraints.statistics import soft_size
+from medconstraints.transforms.bounds import LEVELS, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd
-from medconstraints.transforms.weak_labels import ErodeLabeld, RandomPointLabeld, ScribbleToWeakLabeld
+from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
+from medconstraints.transforms.weak_labels import WeakLabeld
 
-__all__ = ["bounds_from", "boxes_from", "inference_postprocessing", "read_volumes", "weak_labels_from"]
+__all__ = ["bounds_transforms", "box_transforms", "mask_transforms", "reading_transforms", "weak_label_transforms"]
+
+Chain = list[Callable[..., Any]]
 
 
-def read_volumes(
+def reading_transforms(
     *,
     num_classes: int,
     label_key: str | None = "label",
@@ -40,8 +46,10 @@ def read_volumes(
     axcodes: str = "RAS",
     spatial_dims: int = 3,
     nonzero: bool = False,
-) -> list[Callable[..., Any]]:
+) -> Chain:
     """Load, check, orient, resample and normalise the image, and the labels with it where an item has them.
+
+    Intensities get zero mean and unit variance in each channel of each volume.
 
     Args:
         num_classes: classes of the label with the background.
@@ -51,14 +59,11 @@ def read_volumes(
         axcodes: orientation of volumes.
         spatial_dims: 3, or 2 for images, which keep their orientation.
         nonzero: normalise the voxels that are not 0 alone, for images whose background was set to 0.
-
-    Returns:
-        Transforms for `Compose`. Intensities get zero mean and unit variance in each channel of each volume.
     """
     labels = [*([label_key] if label_key is not None else []), *other_label_keys]
     keys = ["image", *labels]
     modes = ["bilinear", *["nearest"] * len(labels)]
-    chain: list[Callable[..., Any]] = [
+    chain: Chain = [
         LoadVolumed(keys, spatial_dims=spatial_dims, allow_missing_keys=True),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
     ]
@@ -66,11 +71,11 @@ def read_volumes(
         chain.append(Orientationd(keys, axcodes=axcodes, labels=None, allow_missing_keys=True))
     if any(step > 0 for step in spacing_mm):
         chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
-    normalize = NormalizeIntensityd("image", nonzero=nonzero, channel_wise=True)
+    normalize = NormalizeIntensityd("image", nonzero=checks.flag("nonzero", nonzero), channel_wise=True)
     return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
 
 
-def boxes_from(
+def box_transforms(
     source: str,
     *,
     slice_axis: int | None = None,
@@ -79,34 +84,22 @@ def boxes_from(
     jitter_voxels: int = 0,
     classes: dict[str, int] | None = None,
     num_classes: int | None = None,
-) -> list[Callable[..., Any]]:
-    """Where boxes come from: drawn around a label ("label"), or read from the item's box file ("files").
+) -> Chain:
+    """Where boxes come from: "label", drawn around the label by `LabelToBoxesd`, or "files", the item's box file.
 
-    Args:
-        source: "label" or "files".
-        slice_axis: see `LabelToBoxesd`; None for 3D boxes.
-        mode: see `LabelToBoxesd`.
-        margin_voxels: see `LabelToBoxesd`.
-        jitter_voxels: see `LabelToBoxesd`.
-        classes: class names in box files, see `LoadBoxesd`.
-        num_classes: classes of the network with the background: box files with others are refused. Labels are not
-            checked here, `read_volumes` does it.
-
-    Raises:
-        ValueError: an unknown source.
+    `slice_axis`, `mode`, `margin_voxels` and `jitter_voxels` are those of `LabelToBoxesd`; `classes` and `num_classes`
+    those of `LoadBoxesd`.
     """
-    if source == "label":
-        return [
-            LabelToBoxesd(
-                "label", slice_axis=slice_axis, mode=mode, margin_voxels=margin_voxels, jitter_voxels=jitter_voxels
-            )
-        ]
-    if source == "files":
+    if checks.choice("source", source, ("label", "files")) == "files":
         return [LoadBoxesd("boxes", classes=classes, num_classes=num_classes)]
-    raise ValueError(f'source: expected "label" (boxes drawn around labels) or "files" (box files), got {source!r}.')
+    return [
+        LabelToBoxesd(
+            "label", slice_axis=slice_axis, mode=mode, margin_voxels=margin_voxels, jitter_voxels=jitter_voxels
+        )
+    ]
 
 
-def weak_labels_from(
+def weak_label_transforms(
     source: str,
     *,
     radius_voxels: int = 4,
@@ -116,108 +109,92 @@ def weak_labels_from(
     unlabelled: int = 4,
     num_classes: int | None = None,
     seed: int = 0,
-) -> list[Callable[..., Any]]:
+) -> Chain:
     """Where weak labels come from; they are written to "weak_label", -1 where nothing is annotated.
 
     Args:
         source: "points" or "erosion", made from the label; "scribble", the strokes in the item's file of that key;
             "label", the whole label, for full supervision.
-        radius_voxels: of points, see `RandomPointLabeld`.
-        kernel_voxels: of the erosion, see `ErodeLabeld`.
-        slice_axis: None for one point or erosion of each class in the volume, an axis for one in every slice.
-        background: a point on the background too; scribbles: use the strokes on the background.
-        unlabelled: value of scribble files where nothing is drawn.
-        num_classes: classes of the network with the background: scribbles of others are refused.
-        seed: of the points.
-
-    Raises:
-        ValueError: an unknown source.
+        radius_voxels: of `Points`.
+        kernel_voxels: of `Erosion`.
+        slice_axis: of `Points` and `Erosion`.
+        background: of `Points` and `Scribble`.
+        unlabelled: of `Scribble`.
+        num_classes: of `Scribble`: strokes of other classes are refused.
+        seed: of `Points`.
     """
-    background = flag("background", background)
-    if source == "points":
-        return [
-            RandomPointLabeld(
-                radius_voxels=radius_voxels,
-                slice_axis=slice_axis,
-                background=background,
-                seed=seed,
-            )
-        ]
-    if source == "erosion":
-        return [ErodeLabeld(kernel_voxels=kernel_voxels, slice_axis=slice_axis)]
-    if source == "scribble":
-        return [ScribbleToWeakLabeld(unlabelled=unlabelled, keep_background=background, num_classes=num_classes)]
-    if source == "label":
+    if checks.choice("source", source, ("points", "erosion", "scribble", "label")) == "label":
         return [CopyItemsd("label", names="weak_label")]
-    raise ValueError(f'source: expected "points", "erosion", "scribble" or "label", got {source!r}.')
+    if source == "scribble":
+        rule = Scribble(unlabelled=unlabelled, background=background, num_classes=num_classes)
+        return [WeakLabeld("scribble", rule=rule)]
+    if source == "erosion":
+        return [WeakLabeld("label", rule=Erosion(kernel_voxels, slice_axis))]
+    return [WeakLabeld("label", rule=Points(radius_voxels, slice_axis, background, seed))]
 
 
-def bounds_from(
+def bounds_transforms(
     level: str,
     *,
     num_classes: int,
     source: str = "label",
-    statistic: str = "size",
+    statistic: Callable[..., Tensor] = soft_size,
     bounds_key: str = "bounds",
-    margin: float = 0.1,
-    margin_voxels: float = 20,
+    margin: float | Sequence[float] | None = None,
+    relative_margin: float | Sequence[float] | None = None,
     common_bounds: Any = None,
     whole_image: bool = True,
     units: str = "voxel",
-) -> list[Callable[..., Any]]:
+) -> Chain:
     """What is known of each object, as bounds of a statistic; put it after spatial augmentation.
 
     Args:
-        level: "none" (no bounds, and no label is needed), "tags" (present or absent), "common" or "individual", see
-            `LabelToBoundsd`.
+        level: "individual", "common", "tags", or "none" (no label is needed), see `LabelToBoundsd`.
         num_classes: classes of the network with the background.
-        source: "label", or "items" for sizes in the datalist (`size_ml` or `size_bounds_ml`, see `ItemToBoundsd`).
-        statistic: "size" or "centroid".
+        source: "label", or "items" for individual sizes in the datalist, see `ItemToBoundsd`.
+        statistic: of `LabelToBoundsd`.
         bounds_key: key of the bounds.
-        margin: of individual sizes, a share.
-        margin_voxels: of centroids.
-        common_bounds: for "common": bounds, or the path of the file `medconstraints.transforms.common_bounds` writes.
-        whole_image: False when the network gets crops that may cut an object whose size is in the datalist: then only
-            the upper bound holds.
-        units: "voxel" or "mm"; with "mm" and source "label" the spacing is written to "spacing_mm".
-
-    Raises:
-        ValueError: an unknown level or source, or sizes in the datalist with another level than "individual" or "none".
+        margin: of `LabelToBoundsd`, in the statistic's unit.
+        relative_margin: of `LabelToBoundsd` and `ItemToBoundsd`, a share; 0.1 when no margin is given.
+        common_bounds: for "common": bounds, or the path of their .json file.
+        whole_image: of `ItemToBoundsd`: False when the network gets crops that may cut an object.
+        units: of both.
     """
-    if source == "label" or level == "none":
+    if checks.choice("source", source, ("label", "items")) == "label" or level == "none":
+        checks.choice("level", level, (*LEVELS, "common"))
+        if level == "common" and common_bounds is None:
+            raise ValueError('common_bounds: expected bounds, or the path of their file, for level "common", got None.')
         return [
             LabelToBoundsd(
                 bounds_key=bounds_key,
                 num_classes=num_classes,
                 statistic=statistic,
-                level=level,
+                level=common_bounds if level == "common" else level,
                 margin=margin,
-                margin_voxels=margin_voxels,
-                common_bounds=common_bounds if level == "common" else None,
+                relative_margin=relative_margin,
                 units=units,
             )
         ]
-    if source != "items":
-        raise ValueError(f'source: expected "label" or "items" (sizes in the datalist), got {source!r}.')
-    if level != "individual" or statistic != "size":
+    if level != "individual" or statistic is not soft_size or margin is not None:
         raise ValueError(
-            f'level: sizes in the datalist are "individual" ones, got {level!r} of the statistic {statistic!r}; use '
-            'source "label" for the others.'
+            f"level: sizes in the datalist are individual ones with a relative_margin, got level {level!r}, statistic "
+            f'{statistic} and margin {margin!r}; use source "label" for others.'
         )
+    share: Any = 0.1 if relative_margin is None else relative_margin
     return [
         ItemToBoundsd(
-            bounds_key=bounds_key,
-            num_classes=num_classes,
-            margin=margin,
-            whole_image=flag("whole_image", whole_image),
-            units=units,
+            bounds_key=bounds_key, num_classes=num_classes, margin=share, whole_image=whole_image, units=units
         )
     ]
 
 
-def inference_postprocessing(
-    preprocessing: Compose, *, output_dir: str, postfix: str = "seg", class_values: Sequence[int] | None = None
-) -> list[Callable[..., Any]]:
+def mask_transforms(
+    preprocessing: Compose,
+    *,
+    output_dir: str | PathLike[str],
+    postfix: str = "seg",
+    class_values: Sequence[int] | None = None,
+) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from monai.transforms import Compose
 
-from medconstraints.transforms.weak_labels import label_name
+from medconstraints.checks import label_name
 
 __all__ = ["fit_common_bounds", "load_common_bounds", "save_common_bounds"]
 
@@ -159,7 +159,7 @@ def _checked_bounds(bounds: Any, name: str) -> list[list[float]]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module."""
     from medconstraints.data.datalist_sections import choose_segmented
-    from medconstraints.transforms.chains import read_volumes
+    from medconstraints.transforms.chains import reading_transforms
 
     parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.common_bounds", description=__doc__)
     parser.add_argument(
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"--output: {args.output} exists; choose another name or add --overwrite.")
         chosen = choose_segmented(args.datalist, args.section, cases=args.cases, patients=args.patient)
         read = Compose(
-            read_volumes(num_classes=args.num_classes, spacing_mm=args.spacing_mm, spatial_dims=args.spatial_dims)
+            reading_transforms(num_classes=args.num_classes, spacing_mm=args.spacing_mm, spatial_dims=args.spatial_dims)
         )
         labels = [read(item)["label"] for item in chosen]
         factors = (args.factors[0], args.factors[1])

@@ -13,9 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from medconstraints.checks import label_name
 from medconstraints.distance.maps import check_options, signed_distance, signed_distance_map
 from medconstraints.distance.provenance import RECORD, check_not_resampled, record, spacing_now
-from medconstraints.transforms.weak_labels import label_name
 
 __all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]
 

@@ -11,16 +11,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from medconstraints.transforms.bounds import (
-    check_margin,
-    check_num_classes,
-    check_units,
-    free_bounds,
-    is_pair,
-    is_size,
-    spacing_of,
-)
-from medconstraints.transforms.weak_labels import is_fully_labelled, label_name
+from medconstraints import checks
+from medconstraints.transforms.bounds import UNITS, free_bounds
 
 __all__ = ["ItemToBoundsd"]
 
@@ -81,79 +73,76 @@ class ItemToBoundsd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if len(self.keys) != 1:
-            raise ValueError(f"keys: expected one key, that of the sizes, got {list(self.keys)}.")
-        check_num_classes(num_classes)
-        check_margin("margin", margin)
-        check_units(units)
+        self.key = checks.one_key(keys)
         self.bounds_key = bounds_key
-        self.num_classes = num_classes
+        self.num_classes = checks.whole_number("num_classes", num_classes, 2)
         self.range_key = range_key
-        self.margin = margin
-        self.units = units
+        self.margin = checks.number("margin", margin, least=0)
+        self.units = checks.choice("units", units, UNITS)
         self.image_key = image_key
-        self.whole_image = whole_image
+        self.whole_image = checks.flag("whole_image", whole_image)
         self.full_key = full_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the bounds to a copy of `data`."""
         item = dict(data)
-        key, full = self.keys[0], is_fully_labelled(item, self.full_key)
-        if key not in item and self.range_key not in item and not (full or self.allow_missing_keys):
+        full = checks.fully_labelled(item, self.full_key)
+        if self.key not in item and self.range_key not in item and not (full or self.allow_missing_keys):
             raise KeyError(
-                f"{key}: expected sizes in ml under this key or {self.range_key!r}, got {sorted(map(str, item))}; add "
-                "them to the datalist, or set allow_missing_keys=True to leave this item unconstrained."
+                f"{self.key}: expected sizes in ml under this key or {self.range_key!r}, got "
+                f"{sorted(map(str, item))}; add them to the datalist, or set allow_missing_keys=True for free bounds."
             )
         image = item.get(self.image_key)
-        name = label_name(image, self.image_key)
-        sizes = _per_class(item.pop(key, None), self.num_classes, f"{name}: {key}")
-        ranges = _per_class(item.pop(self.range_key, None), self.num_classes, f"{name}: {self.range_key}")
+        name = checks.label_name(image, self.image_key)
+        known = self._bounds_ml(item.pop(self.key, None), item.pop(self.range_key, None), name)
         bounds = free_bounds(self.num_classes, 1)
-        if not full and (sizes or ranges):
-            voxel_mm3 = self._voxel_mm3(image, name)
+        if known and not full:
+            voxel_mm3 = _voxel_mm3(image, name)  # checked in mm too
             scale = MM3_PER_ML if self.units == "mm" else MM3_PER_ML / voxel_mm3
-            for cls, (low, high) in self._bounds_ml(sizes, ranges, name).items():
+            for cls, (low, high) in known.items():
                 bounds[cls, 0] = torch.tensor([low * scale if self.whole_image else -math.inf, high * scale])
         item[self.bounds_key] = bounds
         return item
 
-    def _bounds_ml(
-        self, sizes: Mapping[int, Any], ranges: Mapping[int, Any], name: str
-    ) -> dict[int, tuple[float, float]]:
+    def _bounds_ml(self, sizes: Any, ranges: Any, name: str) -> dict[int, tuple[float, float]]:
+        """Smallest and largest size of the classes that have one."""
+        sizes = _by_class(sizes, self.num_classes, f"{name}: {self.key}")
+        ranges = _by_class(ranges, self.num_classes, f"{name}: {self.range_key}")
+        if both := sorted(set(sizes) & set(ranges)):
+            raise ValueError(
+                f"{name}: {self.key} and {self.range_key}: expected a size or a range for class {both[0]}, got both; "
+                "remove one."
+            )
         bounds = {}
         for cls, size in sizes.items():
-            if cls in ranges:
-                raise ValueError(
-                    f"{name}: {self.keys[0]} and {self.range_key}: expected a size or a range for class {cls}, got "
-                    "both; remove one."
-                )
-            if not is_size(size):
-                raise ValueError(f"{name}: {self.keys[0]}: expected ml >= 0 for class {cls}, got {size!r}.")
+            size = checks.number(f"{name}: {self.key} of class {cls} in ml", size, least=0)
             bounds[cls] = (max(size * (1 - self.margin), 0.0), size * (1 + self.margin))
         for cls, pair in ranges.items():
-            if not (is_pair(pair) and is_size(pair[0]) and is_size(pair[1]) and pair[0] <= pair[1]):
-                raise ValueError(
-                    f"{name}: {self.range_key}: expected [smallest, largest] in ml for class {cls}, 0 <= smallest <= "
-                    f"largest, got {pair!r}."
-                )
-            bounds[cls] = (float(pair[0]), float(pair[1]))
+            what = f"{name}: {self.range_key} of class {cls}"
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{what}: expected [smallest, largest] in ml, got {pair!r}.")
+            low, high = (checks.number(f"{what} in ml", value, least=0) for value in pair)
+            if low > high:
+                raise ValueError(f"{what}: expected smallest <= largest, got {pair!r}.")
+            bounds[cls] = (low, high)
         return bounds
 
-    def _voxel_mm3(self, image: Any, name: str) -> float:
-        if not isinstance(image, MetaTensor):
-            raise TypeError(
-                f"{name}: expected a loaded image (MetaTensor), got {type(image).__name__}: nothing else knows the "
-                "volume of a voxel; put ItemToBoundsd after loading, before conversion to a plain tensor."
-            )
-        if image.ndim != 4:
-            raise ValueError(
-                f"{name}: expected a 3D image (C, *S) for sizes in ml, got shape {tuple(image.shape)}; a slice has an "
-                "area: use LabelToBoundsd, or bounds of the volume on all of its slices together."
-            )
-        return math.prod(spacing_of(image, name))
+
+def _voxel_mm3(image: Any, name: str) -> float:
+    if not isinstance(image, MetaTensor):
+        raise TypeError(
+            f"{name}: expected a loaded image (MetaTensor), got {type(image).__name__}: nothing else knows the volume "
+            "of a voxel; put ItemToBoundsd after loading, before conversion to a plain tensor."
+        )
+    if image.ndim != 4:
+        raise ValueError(
+            f"{name}: expected a 3D image (C, *S) for sizes in ml, got shape {tuple(image.shape)}; a slice has an "
+            "area: use LabelToBoundsd, or bounds of the volume on all of its slices together."
+        )
+    return math.prod(checks.affine_spacing(image, name))
 
 
-def _per_class(value: Any, num_classes: int, name: str) -> dict[int, Any]:
+def _by_class(value: Any, num_classes: int, name: str) -> dict[int, Any]:
     """Class number -> value of the classes that have one."""
     if value is None:
         return {}

@@ -71,7 +71,7 @@ def fit_size_bounds(
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module."""
     from medconstraints.data.datalist_sections import choose_segmented
-    from medconstraints.transforms.chains import read_volumes
+    from medconstraints.transforms.chains import reading_transforms
 
     parser = argparse.ArgumentParser(prog="python -m medconstraints.transforms.size_bounds", description=__doc__)
     parser.add_argument(
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         chosen = choose_segmented(args.datalist, args.section, cases=args.cases)
-        read = Compose(read_volumes(num_classes=args.num_classes))
+        read = Compose(reading_transforms(num_classes=args.num_classes))
         bounds = fit_size_bounds(
             [read(item)["label"] for item in chosen],
             num_classes=args.num_classes,

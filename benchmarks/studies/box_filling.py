@@ -78,9 +78,9 @@ def load_labels(datalist: Path, section: str) -> list[Any]:
     """Images and labels of a section, read as the bundle reads them."""
     from monai.transforms import Compose
 
-    from medconstraints.transforms import read_volumes
+    from medconstraints.transforms import reading_transforms
 
-    return [Compose(read_volumes(num_classes=2))(item) for item in read_datalist(datalist, section)]
+    return [Compose(reading_transforms(num_classes=2))(item) for item in read_datalist(datalist, section)]
 
 
 def main() -> None:

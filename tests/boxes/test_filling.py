@@ -15,7 +15,7 @@ import torch
 import medconstraints.transforms
 from medconstraints.formulations import QuadraticPenalty
 from medconstraints.losses import BoxPriorLoss
-from medconstraints.transforms import boxes_from, fit_size_bounds, label_to_boxes
+from medconstraints.transforms import box_transforms, fit_size_bounds, label_to_boxes
 from medconstraints.transforms.size_bounds import main
 
 
@@ -145,7 +145,7 @@ def test_quantiles_are_ordered(quantiles):
 def test_one_default_mode():
     """What is fitted by default is what the bundle trains on by default."""
     bundle = json.loads((Path(__file__).parents[2] / "bundles/box_prior/configs/train.json").read_text())
-    for function in (fit_size_bounds, boxes_from):
+    for function in (fit_size_bounds, box_transforms):
         assert inspect.signature(function).parameters["mode"].default == bundle["box_mode"] == "class"
 
 

@@ -430,16 +430,16 @@ def test_no_object_in_any_training_label(train, two_class_cohort, copy_cohort, m
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"level": "sizes"}, r"level: expected one of individual, common, tags, none, got 'sizes'"),
-        ({"level": "common"}, r"common_bounds: expected bounds, or the path of their file, exactly if level is"),
+        ({"level": "sizes"}, r"level: expected one of individual, tags, none, common, got 'sizes'"),
+        ({"level": "common"}, r'common_bounds: expected bounds, or the path of their file, for level "common"'),
         ({"level": "common", "common_bounds": "no.json"}, r"common_bounds: no file no\.json; write it with"),
         (
             {"level": "tags", "size_source": "items"},
-            r'level: sizes in the datalist are "individual" ones, got \'tags\'',
+            r"level: sizes in the datalist are individual ones .* got level 'tags'",
         ),
-        ({"size_source": "report"}, r"source: expected \"label\" or \"items\" .*, got 'report'"),
+        ({"size_source": "report"}, r"source: expected one of label, items, got 'report'"),
         ({"size_source": "items"}, r"size_ml: expected sizes in ml under this key or 'size_bounds_ml', got .*'image'"),
-        ({"weak_source": "clicks"}, r'source: expected "points", "erosion", "scribble" or "label", got \'clicks\''),
+        ({"weak_source": "clicks"}, r"source: expected one of points, erosion, scribble, label, got 'clicks'"),
         ({"weak_source": "scribble"}, r"KeyError: .*scribble"),
         ({"fully_labelled": 5}, r"fully_labelled: expected an integer 0\.\.4, the number of patients, got 5"),
         ({"fully_labelled": -1}, r"fully_labelled: expected an integer 0\.\.4, the number of patients, got -1"),

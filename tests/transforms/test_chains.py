@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose
 
-from medconstraints.transforms import read_volumes
+from medconstraints.transforms import reading_transforms
 
 SHAPE = (9, 8, 7)
 
@@ -28,7 +28,7 @@ def channels(tmp_path, rng):
 def test_normalisation(channels, nonzero):
     """Zero mean and unit variance, of all voxels or of those that are not 0, in each channel by itself."""
     brain, paths = channels
-    image = np.asarray(Compose(read_volumes(num_classes=2, nonzero=nonzero))({"image": paths})["image"])
+    image = np.asarray(Compose(reading_transforms(num_classes=2, nonzero=nonzero))({"image": paths})["image"])
     assert image.shape == (2, *SHAPE)
     assert image.dtype == np.float32
     for channel in image:
@@ -36,5 +36,5 @@ def test_normalisation(channels, nonzero):
         assert counted.mean() == pytest.approx(0, abs=1e-4)
         assert counted.std() == pytest.approx(1, abs=1e-3)
         assert (channel[~brain] == 0).all() == nonzero  # what was 0 stays 0
-    default = Compose(read_volumes(num_classes=2))({"image": paths})["image"]
+    default = Compose(reading_transforms(num_classes=2))({"image": paths})["image"]
     assert np.array_equal(np.asarray(default), image) == (not nonzero)

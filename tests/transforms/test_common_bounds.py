@@ -88,7 +88,7 @@ def test_bounds_of_a_real_case_hold_in_its_slices(data_root, name, num_classes):
         pytest.skip(f"no {name}")
     label = np.asarray(nib.load(path).dataobj).round()
     bounds = fit_common_bounds([label], num_classes=num_classes, slice_axis=2, factors=(1, 1))
-    transform = LabelToBoundsd(num_classes=num_classes, level="common", common_bounds=bounds)
+    transform = LabelToBoundsd(num_classes=num_classes, level=bounds)
     tight = np.zeros((num_classes, 2), dtype=bool)
     for number in range(label.shape[2]):
         found = transform({"label": torch.from_numpy(label[None, :, :, number])})["bounds"][:, 0].numpy()

@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 
 from medconstraints.boxes.files import BoxFileError, write_boxes
-from medconstraints.transforms import BoxesToGridd, LoadBoxesd, boxes_from
+from medconstraints.transforms import BoxesToGridd, LoadBoxesd, box_transforms
 
 SHAPE = (18, 22, 10)
 LPS = np.array([[-1.5, 0, 0, 30], [0, -2.0, 0, 12], [0, 0, 3, -5], [0, 0, 0, 1]])
@@ -221,7 +221,7 @@ def test_faulty_rows_keep_their_words(tmp_path):
 def test_classes_that_the_network_does_not_have(tmp_path):
     item = Compose(load())({**save_case(tmp_path, LPS), "boxes": box_file(tmp_path, "csv", LPS)})
     assert len(LoadBoxesd(num_classes=4)(item)["boxes"]) == 3
-    (chained,) = boxes_from("files", num_classes=3)
+    (chained,) = box_transforms("files", num_classes=3)
     for transform in (LoadBoxesd(num_classes=3), chained):
         with pytest.raises(BoxFileError, match=r"^b\.csv, row 3 \(line 4\): class 3 is none of the 2 classes to box"):
             transform(item)

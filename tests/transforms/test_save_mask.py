@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from medconstraints.synthetic import make_phantom
-from medconstraints.transforms import SaveMaskd, inference_postprocessing, read_volumes, save_mask
+from medconstraints.transforms import SaveMaskd, mask_transforms, reading_transforms, save_mask
 
 SHAPE = (6, 7, 5)
 GEOMETRY = ("qform_code", "sform_code", "xyzt_units", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x")
@@ -163,11 +163,11 @@ def test_there_and_back(tmp_path, axcodes, codes, trailing, spacing_mm):
     image.set_sform(affine, codes[1])
     image.header.set_xyzt_units("mm")
     nib.save(image, path)
-    chain = Compose(read_volumes(num_classes=2, label_key=None, spacing_mm=spacing_mm))
+    chain = Compose(reading_transforms(num_classes=2, label_key=None, spacing_mm=spacing_mm))
     item = chain({"image": str(path)})
     bright = item["image"] - 0.5
     item["pred"] = torch.cat([-bright, bright])
-    Compose(inference_postprocessing(chain, output_dir=str(tmp_path / "masks")))(item)
+    Compose(mask_transforms(chain, output_dir=str(tmp_path / "masks")))(item)
     source, saved = nib.load(path), nib.load(tmp_path / "masks" / "in_seg.nii.gz")
     assert saved.shape == source.shape == volume.shape
     assert np.array_equal(saved.affine, source.affine)
