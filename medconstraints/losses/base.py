@@ -12,8 +12,8 @@ from monai.utils import LossReduction
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from medconstraints.checks import plain
-from medconstraints.formulations.base import Formulation
+from medconstraints.checks import flag, plain
+from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["ConstrainedLoss", "Probabilities", "ProbabilityLoss", "Residuals", "TargetLoss"]
 
@@ -66,8 +66,7 @@ class Probabilities:
     """
 
     def __init__(self, input: Tensor, activation: str | Callable[[Tensor], Tensor] | None, scale: float = 1.0) -> None:
-        # Half precision overflows in sums over volumes.
-        self._input = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        self._input = at_least_float32(input)  # half precision overflows in sums over volumes
         self._activation = activation
         self._scale = scale
         self._all: Tensor | None = None
@@ -131,7 +130,7 @@ class ProbabilityLoss(TargetLoss):
         reduction: "mean", "sum" or "none".
 
     Raises:
-        TypeError: `other_act` cannot be called.
+        TypeError: `other_act` cannot be called, or a flag is neither True nor False.
         ValueError: more than one activation, a scale that is not positive or has no activation to act on, classes that
             are no different channel numbers, or an unknown reduction.
     """
@@ -152,6 +151,9 @@ class ProbabilityLoss(TargetLoss):
             raise TypeError(
                 f"other_act: expected None or a function such as torch.tanh, got {type(other_act).__name__}."
             )
+        self.include_background = flag("include_background", include_background)
+        self.sigmoid = flag("sigmoid", sigmoid)
+        self.softmax = flag("softmax", softmax)
         if sigmoid + softmax + (other_act is not None) > 1:
             raise ValueError("sigmoid, softmax, other_act: expected at most one activation, got several; choose one.")
         if not (math.isfinite(logit_scale) and logit_scale > 0) or (logit_scale != 1 and not (sigmoid or softmax)):
@@ -162,10 +164,7 @@ class ProbabilityLoss(TargetLoss):
             not len(classes) or len(set(classes)) < len(classes) or any(int(n) != n or n < 0 for n in classes)
         ):
             raise ValueError(f"classes: expected different channel numbers >= 0, got {classes!r}.")
-        self.include_background = include_background
         self.classes = None if classes is None else [int(number) for number in classes]
-        self.sigmoid = sigmoid
-        self.softmax = softmax
         self.other_act = other_act
         self.logit_scale = float(logit_scale)
 

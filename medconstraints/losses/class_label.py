@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medconstraints.statistics.arguments import plain
+from medconstraints.checks import plain
 
 __all__ = ["checked_label", "class_sizes", "row_sums"]
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.utils import LossReduction
 from torch import Tensor
-from torch.nn.modules.loss import _Loss
 
 from medconstraints.checks import plain
+from medconstraints.formulations.base import at_least_float32
+from medconstraints.losses.base import TargetLoss, one_entry
 
 __all__ = ["PartialCrossEntropyLoss"]
 
 
-class PartialCrossEntropyLoss(_Loss):
+class PartialCrossEntropyLoss(TargetLoss):
     """Cross-entropy over the labelled voxels alone (Kervadec 2020, section 2.4.3: H(S) = -sum_{Omega_L} log s).
 
     `-sum(y log s) / (number of labelled voxels in the batch)`. Voxels with `ignore_index` are not labelled and have no
@@ -37,32 +37,33 @@ class PartialCrossEntropyLoss(_Loss):
         0.6931
     """
 
+    target_keys = ("weak_label",)
     weight: Tensor | None
 
     def __init__(
         self, *, ignore_index: int = -1, weight: Sequence[float] | Tensor | None = None, reduction: str = "mean"
     ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
+        super().__init__(reduction=reduction)
         if ignore_index != int(ignore_index):
             raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}.")
-        if weight is not None:
-            values = torch.as_tensor(weight, dtype=torch.float32)
-            if values.dim() != 1 or not bool((torch.isfinite(values) & (values >= 0)).all()):
-                raise ValueError(f"weight: expected one finite number >= 0 for each class, got {weight!r}.")
+        values = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        if values is not None and (values.dim() != 1 or not bool((values.isfinite() & (values >= 0)).all())):
+            raise ValueError(f"weight: expected one finite number >= 0 for each class, got {weight!r}.")
         self.ignore_index = int(ignore_index)
-        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+        self.register_buffer("weight", values)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: logits (B, C, *S).
-            target: weak label (B, 1, *S): class numbers, background 0, and `ignore_index`.
+            target: weak label (B, 1, *S): class numbers, background 0, and `ignore_index`; or a mapping with
+                "weak_label".
 
         Raises:
             ValueError: shapes do not fit, or a label that is no class (looked at on the CPU only).
         """
-        input, target = plain(input), plain(target)
+        input, target = plain(input), plain(one_entry(target, "weak_label"))
         if not input.is_floating_point() or input.dim() < 3:
             raise ValueError(
                 f"input: expected floating point logits (B, C, *S), got {input.dtype} of shape {tuple(input.shape)}."
@@ -76,8 +77,7 @@ class PartialCrossEntropyLoss(_Loss):
         if weight is not None and len(weight) != input.shape[1]:
             raise ValueError(f"weight: expected {input.shape[1]} values, one per class, got {len(weight)}.")
         with torch.autocast(input.device.type, enabled=False):
-            if input.dtype in (torch.float16, torch.bfloat16):
-                input = input.float()
+            input = at_least_float32(input)
             weight = None if weight is None else weight.to(input)
             label = target[:, 0]
             if self.reduction != "none" and input.device.type == "cpu":

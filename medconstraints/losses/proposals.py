@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from medconstraints.losses.old_base import ProbabilityLoss, plain
-from medconstraints.losses.size_proposals import check_options, size_proposals
+from medconstraints.checks import number, plain, whole_number
+from medconstraints.formulations.base import at_least_float32
+from medconstraints.losses.base import Probabilities, ProbabilityLoss
+from medconstraints.losses.size_proposals import size_proposals
 
 __all__ = ["ProposalLoss"]
-
-# The index of the samples, which other formulations of the same constraint need, is not used.
-_ENTRIES = {"bounds", "weak_label", "index"}
 
 
 class ProposalLoss(ProbabilityLoss):
@@ -53,6 +52,8 @@ class ProposalLoss(ProbabilityLoss):
 
     target_keys = ("bounds",)
     optional_keys = ("weak_label",)
+    # Not used, but this loss can stand in for a `ConstraintLoss`.
+    named_keys = ("index",)
 
     def __init__(
         self,
@@ -67,22 +68,27 @@ class ProposalLoss(ProbabilityLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(softmax=softmax, logit_scale=logit_scale, reduction=reduction)
-        check_options(solver, tolerance, learning_rate, max_steps)
+        if solver not in ("newton", "gradient"):
+            raise ValueError(f'solver: expected "newton" or "gradient", got {solver!r}.')
+        if not 1e-5 <= tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in [1e-5, 1), got {tolerance!r}; float32 ends there.")
         self.ignore_index = int(ignore_index)
         self.solver = solver
         self.tolerance = float(tolerance)
-        self.learning_rate = float(learning_rate)
-        self.max_steps = int(max_steps)
+        self.learning_rate = number("learning_rate", learning_rate, above=0)
+        self.max_steps = whole_number("max_steps", max_steps, 1)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor | Mapping[str, Tensor], *, probabilities: Probabilities | None = None
+    ) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: logits (B, C, *S), D = 2 or 3, C >= 2, background first; probabilities with `softmax=False`.
             target: lower and upper size of each class in voxels, (B, C, 1, 2), -inf and inf are free; or a mapping with
-                "bounds" and perhaps "weak_label", (B, 1, *S): class numbers, and `ignore_index` without a label. An
-                entry "index" is not used, so that this loss can stand in for a `ConstraintLoss`.
+                "bounds" and perhaps "weak_label", (B, 1, *S): class numbers, and `ignore_index` without a label.
+            probabilities: not used: the logarithm of a softmax is more exact than that of its values.
 
         Raises:
             ValueError: shapes do not fit, a lower bound is above its upper bound, a label is no class, or the mapping
@@ -100,26 +106,19 @@ class ProposalLoss(ProbabilityLoss):
                 tolerance=self.tolerance,
                 learning_rate=self.learning_rate,
                 max_steps=self.max_steps,
-                log_input=True,
             )
             size = log_probs.detach().exp().flatten(2).sum(-1)
             self._last = size, bounds[:, :, 0].to(size), multipliers
-            cost = -(proposals * log_probs).sum(1, keepdim=True)
-            if self.reduction == "none":
-                return cost
-            return cost.mean() if self.reduction == "mean" else cost.sum()
+            return self.reduced(-(proposals * log_probs).sum(1, keepdim=True))
 
     def terms(self) -> dict[str, Tensor]:
-        """Of the last forward pass, 0-dim tensors on its device: for logging.
+        """Of the last forward pass, 0-dim tensors on its device: for logging; empty without one.
 
         Keys: "multiplier", the mean of the multipliers lambda over the bounds that are not free, 0 without any;
         "satisfied", the share of these bounds that the prediction itself keeps, not the proposal, 1 without any.
-
-        Raises:
-            ValueError: no forward pass has been made yet.
         """
         if self._last is None:
-            raise ValueError("terms: no forward pass has been made yet; call the loss first.")
+            return {}
         size, bounds, multipliers = self._last
         used = bounds.isfinite()
         count = used.sum()
@@ -127,18 +126,21 @@ class ProposalLoss(ProbabilityLoss):
         multiplier = (multipliers * used).sum() / count.clamp(min=1)
         return {"multiplier": multiplier, "satisfied": ((met & used).sum() / count).nan_to_num(1.0)}
 
+    def left_out(self) -> None:
+        """Forget the terms of the last batch."""
+        self._last = None
+
     def _log_probabilities(self, input: Tensor) -> Tensor:
         """Logarithm of s, (B, C, *S): a log-softmax keeps its slope where a softmax is rounded to 0."""
-        if not self.softmax:
-            return self.probabilities(input).clamp(min=torch.finfo(torch.float32).tiny).log()
-        if not input.is_floating_point() or input.dim() not in (4, 5) or input.shape[1] < 2:
+        given = self.probabilities(input)  # checks
+        if input.shape[1] < 2:
             raise ValueError(
-                f"input: expected logits (B, C, H, W) or (B, C, H, W, D), floating point, C >= 2, got {input.dtype} of "
-                f"shape {tuple(input.shape)}; a network with one channel needs a second one for the background."
+                f"input: expected C >= 2 channels, background first, got shape {tuple(input.shape)}; a network with "
+                "one channel needs a second one for the background."
             )
-        if input.dtype in (torch.float16, torch.bfloat16):
-            input = input.float()
-        return torch.log_softmax(input * self.logit_scale if self.logit_scale != 1 else input, dim=1)
+        if not self.softmax:
+            return given.all().clamp(min=torch.finfo(torch.float32).tiny).log()
+        return torch.log_softmax(at_least_float32(input) * self.logit_scale, dim=1)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
@@ -150,7 +152,7 @@ def _parts(target: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None
     """Bounds, and the weak label if there is one."""
     if isinstance(target, Tensor):
         return plain(target), None
-    if not isinstance(target, Mapping) or "bounds" not in target or set(target) - _ENTRIES:
+    if not isinstance(target, Mapping) or "bounds" not in target or set(target) - {"bounds", "weak_label", "index"}:
         got = sorted(map(str, target)) if isinstance(target, Mapping) else type(target).__name__
         raise ValueError(
             'target: expected bounds (B, C, 1, 2), or a mapping with "bounds" and perhaps "weak_label", got '

@@ -1,12 +1,37 @@
-"""Proposals: the label map nearest to a prediction among those whose class sizes keep to their bounds."""
+"""Proposals: the label map nearest to a prediction among those whose class sizes keep to their bounds.
+
+For every image, min KL(y~ || s) over y~ with `lower_k <= sum_p y~_kp <= upper_k` and `sum_k y~_kp = 1` (Pathak 2015;
+Kervadec, eq. 1.24 and appendix A.4). The solution is a shift of the log-probabilities of each class, one number for the
+whole image (eq. A.12):
+
+y~_kp = s_kp exp(-mu_k) / sum_j s_jp exp(-mu_j), mu = lambda_upper - lambda_lower, lambda >= 0.
+
+Voxels with a weak label take their one-hot label, and count for the size of its class.
+
+- "newton" solves for mu: classes one after the other by Newton's method inside a bracket, all of them together by
+  Newton steps where those help (needed when several classes compete for the same voxels).
+- "gradient" is the published projected gradient ascent, `lambda <- max(0, lambda + learning_rate * gradient)`, the
+  gradients `V - upper` and `lower - V` in voxels (eq. A.13), with the bounds 0..0 replaced by -1..0. The published 500
+  steps of 5e-5 are meant for images of 256 x 256; they may be too few for smaller images and too large for volumes,
+  where the multipliers oscillate. The proposals then violate the bounds.
+
+An image is done when each size is within `tolerance * max(1, |bound|)` voxels of the bound whose multiplier is not 0,
+and violates no other bound by more. Bounds that no proposal can meet (an upper bound of 0, or one below the number of
+labelled voxels; a lower bound above what is left) are replaced by what can be reached up to that tolerance, so "newton"
+keeps the multipliers finite: about the log-odds of s plus log(voxels / tolerance). Bounds of several classes that
+contradict each other end after a fixed number of rounds with multipliers of at most 1000.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from medconstraints import checks
+from medconstraints.formulations.base import at_least_float32
+from medconstraints.losses.class_label import checked_label
 
 __all__ = ["size_proposals"]
 
@@ -32,7 +57,7 @@ class _Problem(NamedTuple):
 
 @torch.no_grad()
 def size_proposals(
-    probs: Tensor,
+    log_probs: Tensor,
     bounds: Tensor,
     weak_label: Tensor | None = None,
     *,
@@ -41,33 +66,11 @@ def size_proposals(
     tolerance: float = 1e-4,
     learning_rate: float = 5e-5,
     max_steps: int = 500,
-    log_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Proposals y~ of the Lagrangian with proposals (Pathak 2015; Kervadec, eq. 1.24 and appendix A.4).
-
-    For every image, min KL(y~ || s) over y~ with `lower_k <= sum_p y~_kp <= upper_k` and `sum_k y~_kp = 1`. The
-    solution is a shift of the log-probabilities of each class, one number for the whole image (eq. A.12):
-
-    y~_kp = s_kp exp(-mu_k) / sum_j s_jp exp(-mu_j), mu = lambda_upper - lambda_lower, lambda >= 0.
-
-    Voxels with a weak label take their one-hot label, and count for the size of its class. There is no gradient.
-
-    - "newton" solves for mu: classes one after the other by Newton's method inside a bracket, all of them together by
-      Newton steps where those help (needed when several classes compete for the same voxels).
-    - "gradient" is the published projected gradient ascent, `lambda <- max(0, lambda + learning_rate * gradient)`, the
-      gradients `V - upper` and `lower - V` in voxels (eq. A.13), with the bounds 0..0 replaced by -1..0. The published
-      500 steps of 5e-5 are meant for images of 256 x 256; they may be too few for smaller images and too large for
-      volumes, where the multipliers oscillate. The proposals then violate the bounds.
-
-    An image is done when each size is within `tolerance * max(1, |bound|)` voxels of the bound whose multiplier is not
-    0, and violates no other bound by more. Bounds that no proposal can meet (an upper bound of 0, or one below the
-    number of labelled voxels; a lower bound above what is left) are replaced by what can be reached up to that
-    tolerance, so "newton" keeps the multipliers finite: about the log-odds of s plus log(voxels / tolerance). Bounds
-    of several classes that contradict each other end after a fixed number of rounds with multipliers of at most 1000.
+    """Proposals y~ of the Lagrangian with proposals, without gradient; see the module.
 
     Args:
-        probs: s, (B, C, *S), adding up to 1 over the C >= 2 channels. A probability of 0 counts as the smallest
-            positive float32, since it is one that was rounded. Half precision is raised to float32.
+        log_probs: log s, (B, C, *S), of probabilities that add up to 1 over the C >= 2 channels.
         bounds: lower and upper size of each class in voxels, (B, C, 1, 2); -inf and inf are free.
         weak_label: (B, 1, *S), class number on labelled voxels, `ignore_index` elsewhere. None is no label.
         ignore_index: value of `weak_label` on voxels without a label.
@@ -75,55 +78,45 @@ def size_proposals(
         tolerance: violation of a bound that counts as none, as a share of the bound, or in voxels for bounds below 1.
         learning_rate: step of "gradient".
         max_steps: largest number of steps of "gradient".
-        log_input: `probs` are log-probabilities, which reach below the smallest positive float32.
 
     Returns:
         y~, (B, C, *S), and the multipliers lambda of the lower and upper bounds, (B, C, 2); float32 (float64 for
         float64 input).
 
     Raises:
-        ValueError: shapes do not fit, a lower bound is above its upper bound, a label is no class, or an option is
-            outside its range.
+        ValueError: shapes do not fit, a lower bound is above its upper bound, or a label is no class.
 
     Example:
         >>> free = [-torch.inf, torch.inf]
         >>> bounds = torch.tensor([[[free], [[2.0, 4.0]]]])
-        >>> proposals, multipliers = size_proposals(torch.full((1, 2, 4, 4), 0.5), bounds)
+        >>> proposals, multipliers = size_proposals(torch.full((1, 2, 4, 4), 0.5).log(), bounds)
         >>> round(float(proposals[0, 1].sum()), 2), round(float(multipliers[0, 1, 1]), 2)  # log(3)
         (4.0, 1.1)
     """
-    check_options(solver, tolerance, learning_rate, max_steps)
-    if probs.dim() < 3 or not probs.is_floating_point() or probs.shape[1] < 2:
-        raise ValueError(
-            f"probs: expected a floating point tensor (B, C, *S) with C >= 2 channels, background first, got "
-            f"{probs.dtype} of shape {tuple(probs.shape)}; stack 1 - s and s for a single channel."
-        )
-    log_probs = (probs if probs.dtype == torch.float64 else probs.float()).flatten(2)
-    if log_input:
-        log_probs = log_probs.clamp(min=-_LARGEST_SHIFT)
-    else:
-        log_probs = log_probs.clamp(min=torch.finfo(torch.float32).tiny).log()
-    size_bounds = _checked_bounds(bounds, log_probs)
-    label = None if weak_label is None else _checked_label(weak_label, probs, ignore_index)
-
-    free, labelled = None, torch.zeros_like(log_probs[..., 0])
-    voxels = torch.full_like(labelled[:, 0], log_probs.shape[-1])
-    if label is not None:
-        free = label == ignore_index
-        labelled = torch.stack([(label == k).sum((1, 2)) for k in range(probs.shape[1])], dim=1).to(log_probs)
-        voxels = free.sum((1, 2)).to(log_probs)
-    scale = tolerance * torch.where(size_bounds.isfinite(), size_bounds.abs(), 0).clamp(min=1)
-    problem = _Problem(log_probs, free, voxels, size_bounds - labelled[..., None], scale)
+    shape, rows = log_probs.shape, at_least_float32(log_probs).flatten(2).clamp(min=-_LARGEST_SHIFT)
+    size_bounds = checks.bounds(bounds, (*shape[:2], 1))[:, :, 0].to(rows)
+    free, one_hot, labelled = None, None, torch.zeros_like(rows[..., 0])
+    voxels = torch.full_like(labelled[:, 0], rows.shape[-1])
+    if weak_label is not None:
+        if 0 <= ignore_index < shape[1]:
+            raise ValueError(f"ignore_index: expected a number that is no class, got {ignore_index}; -1 is usual.")
+        unknown = weak_label == ignore_index
+        label = checked_label(weak_label.masked_fill(unknown, 0), log_probs).long().flatten(2)
+        free = unknown.to(rows.device).flatten(2)
+        one_hot = torch.zeros_like(rows).scatter_(1, label, 1)
+        labelled = (one_hot * ~free).sum(-1)
+        voxels = free.sum((1, 2)).to(rows)
+    slack = tolerance * torch.where(size_bounds.isfinite(), size_bounds.abs(), 0).clamp(min=1)
+    problem = _Problem(rows, free, voxels, size_bounds - labelled[..., None], slack)
     if solver == "gradient":
         shift, multipliers = _gradient_ascent(problem, size_bounds, learning_rate, max_steps)
     else:
         shift = _newton(problem, tolerance)
         multipliers = torch.stack([-shift, shift], dim=-1).relu()
-    proposals = _proposals(log_probs, shift)
-    if label is not None and free is not None:
-        one_hot = torch.zeros_like(proposals).scatter_(1, label.masked_fill(free, 0).long(), 1)
+    proposals = _proposals(rows, shift)
+    if free is not None and one_hot is not None:
         proposals = torch.where(free, proposals, one_hot)
-    return proposals.view(probs.shape), multipliers
+    return proposals.view(shape), multipliers
 
 
 def _proposals(log_probs: Tensor, shift: Tensor) -> Tensor:
@@ -314,54 +307,3 @@ def _class_shift(
         x = torch.where(moving, torch.where(usable, step, (low + high) / 2), x)
         last = gap.abs()
     return x
-
-
-def check_options(solver: str, tolerance: float, learning_rate: float, max_steps: int) -> None:
-    """Options of `size_proposals` that are outside their range: ValueError."""
-    if solver not in ("newton", "gradient"):
-        raise ValueError(f'solver: expected "newton" or "gradient", got {solver!r}.')
-    if not 1e-5 <= tolerance < 1:
-        raise ValueError(f"tolerance: expected a number in [1e-5, 1), got {tolerance!r}; float32 ends there.")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate: expected a number > 0, got {learning_rate!r}; the paper uses 5e-5.")
-    if not (math.isfinite(max_steps) and int(max_steps) == max_steps >= 1):
-        raise ValueError(f"max_steps: expected an integer >= 1, got {max_steps!r}; the paper uses 500.")
-
-
-def _checked_bounds(bounds: Tensor, log_probs: Tensor) -> Tensor:
-    """Bounds (B, C, 2) beside the log-probabilities."""
-    expected = (*log_probs.shape[:2], 1, 2)
-    if tuple(bounds.shape) != expected:
-        raise ValueError(
-            f"bounds: expected the lower and upper size of each class, shape {expected}, got {tuple(bounds.shape)}; "
-            "give all channels bounds, -inf and inf for a free one."
-        )
-    checked = bounds[:, :, 0].to(log_probs)
-    lower, upper = checked.unbind(-1)
-    if not bool(((lower <= upper) & (lower < torch.inf) & (upper > -torch.inf)).all()):
-        raise ValueError(
-            f"bounds: expected lower <= upper, without nan, lower < inf and upper > -inf, got {checked.tolist()}; "
-            "-inf and inf are free bounds."
-        )
-    return checked
-
-
-def _checked_label(weak_label: Tensor, probs: Tensor, ignore_index: int) -> Tensor:
-    """Weak label (B, 1, N) on the device of the probabilities."""
-    expected = (probs.shape[0], 1, *probs.shape[2:])
-    if tuple(weak_label.shape) != expected:
-        raise ValueError(
-            f"weak_label: expected class numbers of shape {expected} for probs of shape {tuple(probs.shape)}, got "
-            f"{tuple(weak_label.shape)}; a label has one channel."
-        )
-    label = weak_label.to(probs.device).flatten(2)
-    label = label.long() if label.dtype in (torch.bool, torch.uint8) else label
-    if 0 <= ignore_index < probs.shape[1]:
-        raise ValueError(f"ignore_index: expected a number that is no class, got {ignore_index}; -1 is usual.")
-    known = (label == ignore_index) | ((label >= 0) & (label < probs.shape[1]) & (label == label.long()))
-    if not bool(known.all()):
-        raise ValueError(
-            f"weak_label: expected classes 0 to {probs.shape[1] - 1} and {ignore_index} without a label, got values "
-            f"from {label.min().item():g} to {label.max().item():g}; set ignore_index to that of unlabelled voxels."
-        )
-    return label

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from medconstraints.losses import PartialCrossEntropyLoss
 
-SHAPES = {"2D": (2, 3, 6, 5), "3D": (2, 4, 3, 4, 5), "one sample": (1, 2, 7, 4)}
+SHAPES = {"2D": (2, 3, 6, 5), "3D": (2, 4, 3, 4, 5)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
@@ -33,11 +33,11 @@ def random_logits(shape, rng):
 
 
 @reductions
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("ignore_index", [-1, 255])
+@pytest.mark.parametrize(("ignore_index", "weighted", "share"), [(-1, False, 0.05), (255, True, 0.3), (-1, True, 2.0)])
 @shapes
-def test_equals_the_reference_and_pytorch(shape, ignore_index, weighted, reduction, rng, constraint_reference):
-    logits, label = random_logits(shape, rng), weak_label(shape, rng, ignore_index=ignore_index)
+def test_equals_the_reference_and_pytorch(shape, ignore_index, weighted, share, reduction, rng, constraint_reference):
+    """Few labels, some, and almost all."""
+    logits, label = random_logits(shape, rng), weak_label(shape, rng, share, ignore_index)
     weight = torch.from_numpy(rng.uniform(0.2, 3, shape[1])) if weighted else None
     loss = PartialCrossEntropyLoss(ignore_index=ignore_index, weight=weight, reduction=reduction)
     if weighted:
@@ -52,23 +52,6 @@ def test_equals_the_reference_and_pytorch(shape, ignore_index, weighted, reducti
         logits, label[:, 0], weight=weight, ignore_index=ignore_index, reduction=reduction
     )
     torch.testing.assert_close(value.reshape(official.shape), official, rtol=1e-6, atol=1e-12)
-
-
-@shapes
-def test_equals_pytorch_on_the_labelled_voxels_alone(shape, rng):
-    logits, label = random_logits(shape, rng), weak_label(shape, rng)
-    labelled = label[:, 0] != -1
-    expected = functional.cross_entropy(logits.movedim(1, -1)[labelled], label[:, 0][labelled])
-    torch.testing.assert_close(PartialCrossEntropyLoss()(logits, label), expected)
-
-
-@reductions
-@shapes
-def test_a_full_label_gives_the_cross_entropy(shape, reduction, rng):
-    logits, label = random_logits(shape, rng), weak_label(shape, rng, share=2.0).clamp_min(0)
-    expected = functional.cross_entropy(logits, label[:, 0], reduction=reduction)
-    value = PartialCrossEntropyLoss(reduction=reduction)(logits, label)
-    torch.testing.assert_close(value.reshape(expected.shape), expected)
 
 
 def test_by_hand():
@@ -92,9 +75,8 @@ def test_weights_are_those_of_pytorch_as_a_sequence_too(rng):
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0])])
 @reductions
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_no_labelled_voxel_costs_nothing(dtype, reduction, weight, rng):
-    logits = random_logits((2, 3, 6, 5), rng).to(dtype).requires_grad_()
+def test_no_labelled_voxel_costs_nothing(reduction, weight, rng):
+    logits = random_logits((2, 3, 6, 5), rng).half().requires_grad_()
     value = PartialCrossEntropyLoss(weight=weight, reduction=reduction)(logits, torch.full((2, 1, 6, 5), -1))
     value.sum().backward()
     assert (value == 0).all() and (logits.grad == 0).all()
@@ -105,13 +87,6 @@ def test_labels_of_weight_zero_cost_nothing(rng):
     value = PartialCrossEntropyLoss(weight=torch.tensor([0.0, 1.0]))(logits, torch.zeros(1, 1, 6, 5).long())
     value.backward()
     assert value.item() == 0 and (logits.grad == 0).all()
-
-
-def test_a_sample_without_labels_changes_nothing(rng):
-    logits, label = random_logits((2, 3, 6, 5), rng), weak_label((2, 3, 6, 5), rng)
-    label[1] = -1
-    loss = PartialCrossEntropyLoss()
-    torch.testing.assert_close(loss(logits, label), loss(logits[:1], label[:1]))
 
 
 # Gradients and precision
@@ -139,24 +114,22 @@ def test_unlabelled_voxels_may_hold_anything(rng):
     torch.testing.assert_close(PartialCrossEntropyLoss()(other, label), PartialCrossEntropyLoss()(logits, label))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_half_precision_does_not_overflow(dtype, reduction):
+def test_half_precision_does_not_overflow(reduction):
     """20,000 labelled pixels that cost log 2 each, and as many that cost 10."""
-    logits = torch.zeros(1, 2, 200, 200, dtype=dtype)
+    logits = torch.zeros(1, 2, 200, 200, dtype=torch.float16)
     logits[:, 1, 100:] = 10
     logits.requires_grad_()
     value = PartialCrossEntropyLoss(reduction=reduction)(logits, torch.zeros(1, 1, 200, 200).long())
     value.backward()
     expected = 20_000 * (math.log(2) + 10 + math.log1p(math.exp(-10)))
-    assert value.dtype == torch.float32 and logits.grad.dtype == dtype and logits.grad.isfinite().all()
+    assert value.dtype == torch.float32 and logits.grad.dtype == torch.float16 and logits.grad.isfinite().all()
     assert value.item() == pytest.approx(expected / (40_000 if reduction == "mean" else 1), rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_a_large_volume(dtype):
-    logits = torch.zeros(1, 2, 512, 512, 200, dtype=dtype, requires_grad=True)
+def test_half_precision_of_a_large_volume():
+    logits = torch.zeros(1, 2, 512, 512, 200, dtype=torch.float16, requires_grad=True)
     value = PartialCrossEntropyLoss(reduction="sum")(logits, torch.zeros(1, 1, 512, 512, 200).long())
     value.backward()
     assert value.dtype == torch.float32 and logits.grad.isfinite().all()
@@ -170,25 +143,19 @@ def test_autocast_changes_nothing(rng):
     assert inside.dtype == torch.float32 and torch.equal(inside, PartialCrossEntropyLoss()(logits, label))
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e4])
-def test_large_logits_are_finite(scale, rng):
-    logits = (scale * random_logits((2, 3, 6, 5), rng).float()).requires_grad_()
-    value = PartialCrossEntropyLoss()(logits, weak_label((2, 3, 6, 5), rng))
-    value.backward()
-    assert value.isfinite() and logits.grad.isfinite().all()
-
-
 # Invariances and drop-in
 
 
 def test_flip_and_permutations(rng):
     logits, label = random_logits((2, 3, 6, 5), rng), weak_label((2, 3, 6, 5), rng)
+    label[1] = -1  # a sample without labels
     loss, order = PartialCrossEntropyLoss(), [2, 0, 1]
     value = loss(logits, label)
     torch.testing.assert_close(loss(logits.flip(0, 2, 3), label.flip(0, 2, 3)), value)
     renamed = torch.tensor([order.index(0), order.index(1), order.index(2), -1])[label]
     torch.testing.assert_close(loss(logits[:, order], renamed), value)
     torch.testing.assert_close(loss(logits + 7, label), value)
+    torch.testing.assert_close(loss(logits[:1], label[:1]), value)
 
 
 def test_meta_tensors_give_a_plain_tensor(rng):
@@ -200,16 +167,11 @@ def test_meta_tensors_give_a_plain_tensor(rng):
     assert image.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
-def test_labels_of_another_integer_type(dtype, rng):
-    logits, label = random_logits((2, 3, 6, 5), rng), weak_label((2, 3, 6, 5), rng)
-    assert torch.equal(PartialCrossEntropyLoss()(logits, label.to(dtype)), PartialCrossEntropyLoss()(logits, label))
-
-
 def test_unsigned_labels_with_their_own_mark(rng):
     logits, label = random_logits((2, 3, 6, 5), rng), weak_label((2, 3, 6, 5), rng, ignore_index=255)
     loss = PartialCrossEntropyLoss(ignore_index=255)
     assert torch.equal(loss(logits, label.to(torch.uint8)), loss(logits, label))
+    assert torch.equal(loss(logits, {"weak_label": label.to(torch.int16)}), loss(logits, label))
 
 
 def test_input_and_target_are_not_changed(rng):
@@ -222,7 +184,7 @@ def test_input_and_target_are_not_changed(rng):
 # Refusals
 
 
-@pytest.mark.parametrize("wrong", [3, 7, -2, 255])
+@pytest.mark.parametrize("wrong", [3, -2])
 def test_refuses_a_label_that_is_no_class(wrong, rng):
     label = weak_label((2, 3, 6, 5), rng)
     label[1, 0, 2, 3] = wrong
@@ -230,7 +192,7 @@ def test_refuses_a_label_that_is_no_class(wrong, rng):
         PartialCrossEntropyLoss()(random_logits((2, 3, 6, 5), rng), label)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 3, 6, 5), (1, 1, 6, 5), (2, 1, 6, 6), (2, 1, 6, 5, 1)])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 3, 6, 5), (1, 1, 6, 5)])
 def test_refuses_a_label_of_another_shape(shape, rng):
     with pytest.raises(ValueError, match=r"target: expected .*\(2, 1, 6, 5\).*got"):
         PartialCrossEntropyLoss()(random_logits((2, 3, 6, 5), rng), torch.zeros(shape).long())
@@ -242,8 +204,8 @@ def test_refuses_what_are_no_logits(logits):
         PartialCrossEntropyLoss()(logits, torch.zeros(2, 1, 6, 5).long())
 
 
-@pytest.mark.parametrize("weight", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
-def test_refuses_weights_of_other_classes(weight, rng):
+def test_refuses_weights_of_other_classes(rng):
+    weight = [1.0, 2.0]
     with pytest.raises(ValueError, match=r"weight: expected .*3.*got"):
         PartialCrossEntropyLoss(weight=weight)(random_logits((2, 3, 6, 5), rng).float(), torch.zeros(2, 1, 6, 5).long())
 
@@ -252,7 +214,6 @@ def test_refuses_weights_of_other_classes(weight, rng):
     ("options", "words"),
     [
         ({"weight": [1.0, -1.0]}, r"weight: expected .*got"),
-        ({"weight": [1.0, math.nan]}, r"weight: expected .*got"),
         ({"ignore_index": 0.5}, r"ignore_index: expected .*got 0\.5"),
         ({"reduction": "average"}, "average"),
     ],
@@ -262,9 +223,8 @@ def test_refuses_senseless_settings(options, words):
         PartialCrossEntropyLoss(**options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_labels_between_classes_are_refused(dtype):
+def test_labels_between_classes_are_refused():
     """Linear interpolation of a weak label makes background of the border of what is not annotated."""
-    weak = torch.tensor([-0.4, 1.7, -1.0, -1.0], dtype=dtype).view(1, 1, 2, 2)
+    weak = torch.tensor([-0.4, 1.7, -1.0, -1.0]).view(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"target: expected whole class numbers, got -0\.4; .*nearest"):
         PartialCrossEntropyLoss()(torch.zeros(1, 3, 2, 2), weak)
