@@ -1,5 +1,6 @@
 """Formulations turn a constraint residual (`<= 0` when satisfied) into a cost, elementwise."""
 
+from medconstraints.formulations.base import Formulation
 from medconstraints.formulations.choice import chosen_formulation
 from medconstraints.formulations.lagrangian import AugmentedLagrangian, Lagrangian, ReLULagrangian
 from medconstraints.formulations.log_barrier import LogBarrierExtension
@@ -7,6 +8,7 @@ from medconstraints.formulations.penalty import QuadraticPenalty
 
 __all__ = [
     "AugmentedLagrangian",
+    "Formulation",
     "Lagrangian",
     "LogBarrierExtension",
     "QuadraticPenalty",

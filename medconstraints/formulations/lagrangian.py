@@ -81,10 +81,6 @@ class _DualVariables(Formulation):
         self._sum: Tensor | None = None
         self._visits: Tensor | None = None
 
-    def reset(self) -> None:
-        """Former name of `forget`."""
-        self.forget()
-
     def report(self) -> dict[str, Tensor]:
         """Mean and largest multiplier of the table, of this process; nothing before the first residual."""
         if not self.multipliers.numel():

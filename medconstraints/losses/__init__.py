@@ -1,14 +1,14 @@
 """Losses: `(input, target) -> scalar`, with MONAI's argument names."""
 
+from medconstraints.losses.base import ConstrainedLoss, Probabilities, ProbabilityLoss, Residuals, TargetLoss
 from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.box_prior import BoxPriorLoss
 from medconstraints.losses.choice import chosen_loss
 from medconstraints.losses.combined import CombinedLoss
-from medconstraints.losses.constraint import ConstraintLoss, Residuals
+from medconstraints.losses.constraint import ConstraintLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
 from medconstraints.losses.generalized_dice import GeneralizedDiceLoss
 from medconstraints.losses.hausdorff import HausdorffLoss
-from medconstraints.losses.old_base import ProbabilityLoss
 from medconstraints.losses.partial_cross_entropy import PartialCrossEntropyLoss
 from medconstraints.losses.proposals import ProposalLoss
 
@@ -16,13 +16,16 @@ __all__ = [
     "BoundaryLoss",
     "BoxPriorLoss",
     "CombinedLoss",
+    "ConstrainedLoss",
     "ConstraintLoss",
     "DistanceWeightedCrossEntropyLoss",
     "GeneralizedDiceLoss",
     "HausdorffLoss",
     "PartialCrossEntropyLoss",
+    "Probabilities",
     "ProbabilityLoss",
     "ProposalLoss",
     "Residuals",
+    "TargetLoss",
     "chosen_loss",
 ]

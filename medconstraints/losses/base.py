@@ -14,6 +14,7 @@ from torch.nn.modules.loss import _Loss
 
 from medconstraints.checks import flag, plain
 from medconstraints.formulations.base import Formulation, at_least_float32
+from medconstraints.statistics.arguments import select_channels
 
 __all__ = ["ConstrainedLoss", "Probabilities", "ProbabilityLoss", "Residuals", "TargetLoss"]
 
@@ -251,15 +252,6 @@ class ConstrainedLoss(ProbabilityLoss, ABC):
     def left_out(self) -> None:
         """No constraint was computed in this batch."""
         self.last = None
-
-
-def select_channels(values: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Channels of (B, C, *S); a view where they follow each other."""
-    first = numbers[0]
-    if list(numbers) == list(range(first, first + len(numbers))):
-        return values[:, first : first + len(numbers)]
-    # An index that is a list would make the host wait for an accelerator.
-    return values.index_select(1, torch.tensor(list(numbers)).to(values.device, non_blocking=True))
 
 
 def one_entry(target: Tensor | Mapping[str, Tensor], key: str) -> Tensor:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medconstraints import checks
 from medconstraints.checks import plain
 from medconstraints.formulations.base import Formulation
-from medconstraints.losses.base import ConstrainedLoss, Probabilities, Residuals, select_channels
-from medconstraints.statistics.arguments import is_relation
+from medconstraints.losses.base import ConstrainedLoss, Probabilities, Residuals
+from medconstraints.statistics.arguments import is_relation, select_channels
 
-__all__ = ["ConstraintLoss", "Residuals"]
+__all__ = ["ConstraintLoss"]
 
 
 class ConstraintLoss(ConstrainedLoss):
@@ -85,7 +85,7 @@ class ConstraintLoss(ConstrainedLoss):
         )
         if not callable(statistic):
             raise TypeError(f"statistic: expected a function such as soft_size, got {type(statistic).__name__}.")
-        if not isinstance(formulation, nn.Module):
+        if not isinstance(formulation, Formulation):
             raise TypeError(
                 f"formulation: expected one such as LogBarrierExtension(), got {type(formulation).__name__}."
             )
@@ -103,9 +103,8 @@ class ConstraintLoss(ConstrainedLoss):
         self.normalization = normalization
         needed, self.named_keys = _arguments(statistic)
         index = ("index",)
-        needs_index = bool(getattr(formulation, "needs_index", False))  # until the handlers' tests use Formulation
-        self.target_keys = ("bounds", *(index if needs_index else ()), *needed)
-        self.optional_keys = () if needs_index else index
+        self.target_keys = ("bounds", *(index if formulation.needs_index else ()), *needed)
+        self.optional_keys = () if formulation.needs_index else index
         self._looked = False
 
     def forward(
@@ -125,10 +124,8 @@ class ConstraintLoss(ConstrainedLoss):
             ValueError: shapes do not fit (the message says which axis), a bound is NaN, or lower > upper.
         """
         with torch.autocast(plain(input).device.type, enabled=False):
-            constraints = self._constraints(input, target, probabilities)
-            residual, free, index = constraints
-            cost = self.formulation(*((residual, index) if "index" in self.target_keys else (residual,)))
-            cost = cost.masked_fill(free, 0.0).sum(-1)
+            residual, free, index = self._constraints(input, target, probabilities)
+            cost = self.formulation(residual, index).masked_fill(free, 0.0).sum(-1)
             self.last = Residuals(residual.detach(), free, index)
             if self.normalization == "image_size":
                 cost = cost / input[0, 0].numel()

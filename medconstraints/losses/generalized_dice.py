@@ -9,8 +9,9 @@ from monai.utils import Weight
 from torch import Tensor
 
 from medconstraints.checks import flag, number, plain
-from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry, select_channels
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry
 from medconstraints.losses.class_label import checked_label, class_sizes, row_sums
+from medconstraints.statistics.arguments import select_channels
 
 __all__ = ["GeneralizedDiceLoss"]
 

@@ -10,8 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from medconstraints.checks import plain
 from medconstraints.losses.base import TargetLoss
-from medconstraints.statistics.arguments import plain
 
 __all__ = ["ProbabilityLoss", "plain", "shared_softmax", "softmax_is_shared"]
 

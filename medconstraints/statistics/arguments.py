@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["channels", "checked_probs", "chosen_pairs", "is_relation", "plain", "relation", "spacing_rows"]
+from medconstraints.checks import plain
+
+__all__ = ["checked_probs", "chosen_pairs", "is_relation", "relation", "select_channels", "spacing_rows"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -29,11 +31,6 @@ def checked_probs(probs: Tensor) -> tuple[Tensor, torch.dtype]:
             "add the batch and channel axes or apply softmax first."
         )
     return plain(probs), torch.float64 if probs.dtype == torch.float64 else torch.float32
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor without MONAI's metadata, which does not belong to a sum over the image."""
-    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
 
 
 def spacing_rows(spacing_mm: Sequence[float] | Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,10 +70,13 @@ def chosen_pairs(pairs: Sequence[Sequence[int]], probs: Tensor) -> tuple[list[in
     return rows[:, 0].tolist(), rows[:, 1].tolist()
 
 
-def channels(tensor: Tensor, classes: Sequence[int]) -> Tensor:
-    """The chosen channels (axis 1); an index that is a list would make the host wait for an accelerator."""
-    index = torch.tensor(list(classes)).to(tensor.device, non_blocking=True)
-    return tensor.index_select(1, index)
+def select_channels(values: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Channels (axis 1) of these numbers; a view where they follow each other."""
+    first, count = numbers[0], len(numbers)
+    if [*numbers] == [*range(first, first + count)]:
+        return values[:, first : first + count]
+    # An index that is a list would make the host wait for an accelerator.
+    return values.index_select(1, torch.tensor([*numbers]).to(values.device, non_blocking=True))
 
 
 _RELATIONS: set[Callable[..., Tensor]] = set()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medconstraints.statistics.arguments import checked_probs, plain, spacing_rows
+from medconstraints.checks import plain
+from medconstraints.statistics.arguments import checked_probs, spacing_rows
 
 __all__ = ["soft_centroid", "soft_fraction", "soft_moments", "soft_spread"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medconstraints.statistics.arguments import channels, checked_probs, chosen_pairs, relation
+from medconstraints.statistics.arguments import checked_probs, chosen_pairs, relation, select_channels
 from medconstraints.statistics.moments import soft_centroid
 from medconstraints.statistics.size import soft_size
 
@@ -41,7 +41,7 @@ def soft_size_ratio(probs: Tensor, pairs: Sequence[Sequence[int]]) -> Tensor:
     """
     first, second = chosen_pairs(pairs, probs)
     size = soft_size(probs)
-    return channels(size, first) / channels(size, second).clamp(min=_LEAST_MASS)
+    return select_channels(size, first) / select_channels(size, second).clamp(min=_LEAST_MASS)
 
 
 @relation
@@ -71,7 +71,7 @@ def soft_centroid_offset(
     """
     first, second = chosen_pairs(pairs, probs)
     centroid = soft_centroid(probs, spacing_mm)
-    return channels(centroid, second) - channels(centroid, first)
+    return select_channels(centroid, second) - select_channels(centroid, first)
 
 
 @relation
@@ -103,7 +103,7 @@ def soft_outside_extent(probs: Tensor, pairs: Sequence[Sequence[int]], along_lin
     """
     probs, dtype = checked_probs(probs)
     first, second = chosen_pairs(pairs, probs)
-    inner, outer = channels(probs, first).to(dtype), channels(probs, second).to(dtype)
+    inner, outer = select_channels(probs, first).to(dtype), select_channels(probs, second).to(dtype)
     mass = inner.flatten(2).sum(-1)
     shares = []
     for axis in range(2, probs.dim()):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from medconstraints.statistics.arguments import checked_probs, plain, spacing_rows
+from medconstraints.checks import plain
+from medconstraints.statistics.arguments import checked_probs, spacing_rows
 
 __all__ = ["soft_size", "soft_volume_size"]
 

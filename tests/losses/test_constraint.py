@@ -44,7 +44,7 @@ FORMULATIONS = {
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 formulations = pytest.mark.parametrize("name", FORMULATIONS)
-statistics = pytest.mark.parametrize("statistic", [soft_size, soft_centroid, soft_spread, soft_moments])
+statistics = pytest.mark.parametrize("statistic", [soft_spread, soft_moments])
 
 
 def random_probs(shape, rng):
@@ -64,7 +64,7 @@ def bounds_around(values, rng, free=0.3):
 
 def target_of(formulation, bounds, **more):
     """Bounds alone, or with the index where the formulation needs it."""
-    if getattr(formulation, "needs_index", False):
+    if formulation.needs_index:
         more["index"] = INDEX
     return {"bounds": bounds, **more} if more else bounds
 
@@ -86,7 +86,7 @@ def cost_of(name, formulation, reference, shape):
 
 def warmed_up(loss, probs, target, steps=2):
     """The multipliers of a formulation that has some."""
-    if hasattr(loss.formulation, "multipliers"):
+    if loss.formulation.has_multipliers:
         for _ in range(steps):
             loss(probs, target)
             loss.formulation.step()
@@ -96,16 +96,15 @@ def warmed_up(loss, probs, target, steps=2):
 # Against the reference
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @formulations
 @shapes
-def test_equals_the_reference(shape, name, reduction, rng, constraint_reference):
+def test_equals_the_reference(shape, name, rng, constraint_reference):
     probs = random_probs(shape, rng)
     values = soft_moments(probs)
     np.testing.assert_allclose(values.numpy(), constraint_reference.moments(probs.numpy()), rtol=1e-9)
     bounds = bounds_around(values, rng)
     formulation = FORMULATIONS[name]()
-    loss = ConstraintLoss(soft_moments, formulation, reduction=reduction)
+    loss = ConstraintLoss(soft_moments, formulation, reduction="none")
     target = target_of(formulation, bounds)
     warmed_up(loss, probs, target)
     value = loss(probs, target)
@@ -116,9 +115,9 @@ def test_equals_the_reference(shape, name, reduction, rng, constraint_reference)
         cost,
         rows=[1, 2],
         voxels_per_image=math.prod(shape[2:]),
-        reduction=reduction,
+        reduction="none",
     )
-    assert value.shape == ((2, 2, values.shape[-1]) if reduction == "none" else ())
+    assert value.shape == (2, 2, values.shape[-1])
     assert name == "barrier" or np.any(expected != 0)
     np.testing.assert_allclose(value.numpy(), expected, rtol=2e-5, atol=1e-6)
 
@@ -132,9 +131,8 @@ STATISTICS = {
 }
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize(("statistic", "name", "more"), STATISTICS.values(), ids=STATISTICS)
-def test_a_mapping_hands_its_keywords_to_the_statistic(statistic, name, more, as_tensor, rng, constraint_reference):
+def test_a_mapping_hands_its_keywords_to_the_statistic(statistic, name, more, rng, constraint_reference):
     probs = random_probs((2, 3, 6, 5), rng)
     spacing = more.get("spacing_mm")
     values = getattr(constraint_reference, name)(probs.numpy(), spacing)
@@ -142,9 +140,10 @@ def test_a_mapping_hands_its_keywords_to_the_statistic(statistic, name, more, as
     expected = constraint_reference.constraint_loss(
         values, bounds.numpy(), lambda z, *_: constraint_reference.quadratic(z), rows=[1, 2], voxels_per_image=30
     )
-    keywords = {"spacing_mm": torch.tensor(spacing, dtype=torch.float64)} if as_tensor and spacing else more
-    value = ConstraintLoss(statistic, QuadraticPenalty())(probs, {"bounds": bounds, **keywords})
-    assert value.item() == pytest.approx(expected, rel=1e-9) and expected > 0
+    as_tensor = {"spacing_mm": MetaTensor(torch.tensor(spacing, dtype=torch.float64))} if spacing else {}
+    for keywords in (more, as_tensor):
+        value = ConstraintLoss(statistic, QuadraticPenalty())(probs, {"bounds": bounds, **keywords})
+        assert value.item() == pytest.approx(expected, rel=1e-9) and expected > 0
 
 
 @pytest.mark.parametrize("statistic", [soft_mean_intensity, soft_fraction])
@@ -170,9 +169,8 @@ RELATIONS = {
 }
 
 
-@pytest.mark.parametrize("include_background", [False, True])
 @pytest.mark.parametrize(("relation", "name", "options"), RELATIONS.values(), ids=RELATIONS)
-def test_relations_keep_all_their_rows(relation, name, options, include_background, rng, constraint_reference):
+def test_relations_keep_all_their_rows(relation, name, options, rng, constraint_reference):
     probs, pairs = random_probs((2, 4, 6, 5), rng), [(1, 2), (3, 1), (2, 3)]
     values = getattr(constraint_reference, name)(probs.numpy(), pairs, **options)
     bounds = bounds_around(torch.from_numpy(values), rng, free=0)
@@ -180,7 +178,7 @@ def test_relations_keep_all_their_rows(relation, name, options, include_backgrou
         values, bounds.numpy(), lambda z, *_: constraint_reference.quadratic(z), voxels_per_image=30, reduction="none"
     )
     statistic = functools.partial(relation, pairs=pairs, **options)
-    loss = ConstraintLoss(statistic, QuadraticPenalty(), include_background=include_background, reduction="none")
+    loss = ConstraintLoss(statistic, QuadraticPenalty(), reduction="none")
     value = loss(probs, bounds)
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-8, atol=1e-14)
     assert loss.last.residual.shape == (2, 3, values.shape[-1], 2)
@@ -236,10 +234,9 @@ def test_classes_that_do_not_count_have_no_gradient(rng):
     assert (probs.grad[:, [0, 1, 3]] == 0).all() and (probs.grad[:, 2] > 0).all()
 
 
-@pytest.mark.parametrize("unit", [0.5, 3.0, 10])
 @formulations
-def test_unit_divides_the_residual(name, unit, rng, constraint_reference):
-    probs = random_probs((2, 3, 6, 5), rng)
+def test_unit_divides_the_residual(name, rng, constraint_reference):
+    probs, unit = random_probs((2, 3, 6, 5), rng), 3.0
     bounds = bounds_around(soft_moments(probs), rng)
     formulation = FORMULATIONS[name]()
     loss = ConstraintLoss(soft_moments, formulation, unit=unit)
@@ -292,19 +289,10 @@ def test_reductions(rng):
     torch.testing.assert_close(total / (2 * 3 * 3), mean)  # samples * classes * components, free ones too
 
 
-def test_eq_2_3_by_hand():
-    """A mass of 20 in 8 x 10 pixels: too large for 12, too small for 23, right for 15..25."""
-    probs = torch.full((1, 1, 8, 10), 0.25)
-    loss = ConstraintLoss(soft_size, QuadraticPenalty(), include_background=True)
-    for bounds, expected in (((5, 12), 64), ((23, 30), 9), ((15, 25), 0), ((20, 20), 0), ((-INF, 12), 64)):
-        value = loss(probs, torch.tensor(bounds, dtype=torch.float32).view(1, 1, 1, 2))
-        assert value.item() == pytest.approx(expected / 80, rel=1e-6)
-
-
 # Activations
 
 
-@pytest.mark.parametrize("logit_scale", [None, 1.0, 5.0, 0.3])
+@pytest.mark.parametrize("logit_scale", [None, 5.0])
 @pytest.mark.parametrize(("channels", "activation"), [(3, "softmax"), (3, "sigmoid"), (1, "sigmoid")])
 def test_activation(channels, activation, logit_scale, rng):
     """softmax(5 * logits) is what the thesis calls a temperature of 5."""
@@ -314,9 +302,26 @@ def test_activation(channels, activation, logit_scale, rng):
     bounds, options = torch.tensor([5.0, 6.0]).expand(2, channels, 1, 2), {"include_background": True}
     given = {} if logit_scale is None else {"logit_scale": logit_scale}
     inside = ConstraintLoss(soft_size, QuadraticPenalty(), **{activation: True}, **given, **options)(logits, bounds)
-    expected = ConstraintLoss(soft_size, QuadraticPenalty(), **options)(probs, bounds)
+    expected = (soft_size(probs).unsqueeze(-1) - bounds.double()) * torch.tensor([-1.0, 1.0])
+    expected = expected.clamp(min=0).square().sum(-1).mean() / 30
     assert expected.item() > 0
     torch.testing.assert_close(inside, expected)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("one", [0, 1])
+def test_one_of_two_channels_is_activated_alone(activation, one, rng):
+    """A softmax of two channels is a sigmoid of their difference."""
+    logits = torch.from_numpy(rng.normal(size=(2, 2, 6, 5)))
+    options = {"softmax": {"softmax": True, "logit_scale": 3.0}, "sigmoid": {"sigmoid": True}}[activation]
+    probs = torch.softmax(3 * logits, 1) if activation == "softmax" else torch.sigmoid(logits)
+    loss = ConstraintLoss(soft_size, QuadraticPenalty(), classes=[one], normalization="none", **options)
+    seen = []
+    loss.statistic = lambda probs: seen.append(probs) or soft_size(probs)
+    value = loss(logits, torch.zeros(2, 2, 1, 2))
+    torch.testing.assert_close(value, soft_size(probs)[:, one].square().mean())
+    assert seen[0].shape == (2, 1, 6, 5)
+    torch.testing.assert_close(loss(logits, torch.zeros(2, 2, 1, 2), probabilities=loss.probabilities(logits)), value)
 
 
 def test_one_channel_is_a_foreground(rng):
@@ -330,7 +335,6 @@ def test_one_channel_is_a_foreground(rng):
 NO_PROBABILITIES = {
     "logits": torch.linspace(-4, 4, 60, dtype=torch.float64).view(1, 2, 6, 5),
     "above one": torch.full((1, 2, 6, 5), 1.5, dtype=torch.float64),
-    "negative": torch.full((1, 2, 6, 5), -0.5, dtype=torch.float64),
 }
 
 
@@ -360,21 +364,19 @@ def test_does_not_warn_without_reason(rng):
 
 
 @formulations
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_free_costs_nothing(name, dtype, rng):
+def test_all_free_costs_nothing(name, rng):
     formulation = FORMULATIONS[name]()
-    bounds = torch.tensor([-INF, INF], dtype=dtype).expand(2, 3, 3, 2).contiguous()
+    bounds = torch.tensor([-INF, INF]).expand(2, 3, 3, 2).contiguous()
     for reduction in ("mean", "sum", "none"):
-        probs = random_probs((2, 3, 6, 5), rng).to(dtype).requires_grad_()
+        probs = random_probs((2, 3, 6, 5), rng).float().requires_grad_()
         loss = ConstraintLoss(soft_moments, formulation, reduction=reduction)
         for _ in range(2):
             probs.grad = None
             value = loss(probs, target_of(formulation, bounds))
             value.sum().backward()
             assert (value == 0).all() and (probs.grad == 0).all()
-            if hasattr(formulation, "step"):
-                formulation.step()
-    if hasattr(formulation, "multipliers"):
+            formulation.step()
+    if formulation.has_multipliers:
         assert (formulation.multipliers == 0).all()
     assert loss.last.free.all() and loss.terms()["satisfied"] == 1 and loss.terms()["violation"] == 0
 
@@ -422,7 +424,7 @@ def test_equal_bounds_pull_from_both_sides():
 
 
 @formulations
-@pytest.mark.parametrize("statistic", [soft_size, soft_centroid, soft_spread, soft_moments])
+@pytest.mark.parametrize("statistic", [soft_spread, soft_moments])
 def test_empty_classes_are_finite(name, statistic):
     probs = torch.zeros(2, 3, 6, 5)
     probs[0, 0] = 1
@@ -433,8 +435,7 @@ def test_empty_classes_are_finite(name, statistic):
     for _ in range(2):
         value = loss(probs, target_of(formulation, bounds))
         value.backward()
-        if hasattr(formulation, "step"):
-            formulation.step()
+        formulation.step()
     assert value.isfinite() and probs.grad.isfinite().all()
 
 
@@ -454,16 +455,14 @@ def test_an_absent_class_with_a_free_centroid_has_no_gradient():
 
 @pytest.mark.parametrize("state", ["feasible", "boundary", "violated"])
 @pytest.mark.parametrize("name", ["quadratic", "barrier"])
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_gradcheck(name, state, activation, rng):
+def test_gradcheck(name, state, rng):
     logits = torch.from_numpy(rng.normal(size=(1, 3, 3, 3))).requires_grad_()
-    probs = torch.softmax(logits, 1) if activation == "softmax" else torch.sigmoid(logits)
-    values = soft_moments(probs).detach()
+    values = soft_moments(torch.softmax(logits, 1)).detach()
     below, above = {"feasible": (-1.0, 1.5), "boundary": (-0.03, 0.02), "violated": (0.2, 0.4)}[state]
     bounds = torch.stack([values + below, values + above], -1)
     bounds[0, 1, 0, 1] = INF
     formulation = QuadraticPenalty() if name == "quadratic" else LogBarrierExtension(t=4.0).double()
-    loss = ConstraintLoss(soft_moments, formulation, **{activation: True})
+    loss = ConstraintLoss(soft_moments, formulation, softmax=True)
     assert torch.autograd.gradcheck(lambda x: loss(x, bounds), logits)
     satisfied = loss.terms()["satisfied"].item()
     assert satisfied == 1 if state != "violated" else 0 < satisfied < 1
@@ -477,13 +476,6 @@ def test_gradcheck_with_multipliers(name, rng):
     target = target_of(formulation, bounds)
     loss = warmed_up(ConstraintLoss(soft_moments, formulation), probs, target).double()
     assert torch.autograd.gradcheck(lambda p: loss(p, target), probs.requires_grad_())
-
-
-def test_gradgradcheck(rng):
-    probs = random_probs((1, 2, 3, 3), rng)
-    bounds = torch.stack([soft_moments(probs) - 2, soft_moments(probs) + 3], -1)
-    loss = ConstraintLoss(soft_moments, LogBarrierExtension(t=4.0).double())
-    assert torch.autograd.gradgradcheck(lambda p: loss(p, bounds), probs.requires_grad_())
 
 
 def test_slope_of_the_penalty(rng):
@@ -500,10 +492,9 @@ def test_slope_of_the_penalty(rng):
 
 
 @formulations
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_finite(name, dtype):
+def test_half_precision_is_finite(name):
     """67,600 voxels; residuals whose square is above 65,504."""
-    logits = torch.zeros(1, 2, 260, 260, dtype=dtype)
+    logits = torch.zeros(1, 2, 260, 260, dtype=torch.float16)
     logits[:, 1, :200] += 8
     logits.requires_grad_()
     formulation = FORMULATIONS[name]()
@@ -514,18 +505,16 @@ def test_half_precision_is_finite(name, dtype):
         logits.grad = None
         value = loss(logits, target)
         value.backward()
-        if hasattr(formulation, "step"):
-            formulation.step()
+        formulation.step()
     assert value.dtype == torch.float32 and value.isfinite() and value > 0
-    assert logits.grad.dtype == dtype and logits.grad.isfinite().all() and (logits.grad != 0).any()
+    assert logits.grad.dtype == torch.float16 and logits.grad.isfinite().all() and (logits.grad != 0).any()
     other = ConstraintLoss(soft_moments, QuadraticPenalty(), softmax=True)
     assert other(logits.detach(), bounds).item() == pytest.approx(other(logits.detach().float(), bounds).item())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_a_large_volume(dtype):
-    logits = torch.zeros(1, 2, 512, 512, 200, dtype=dtype)
+def test_half_precision_of_a_large_volume():
+    logits = torch.zeros(1, 2, 512, 512, 200, dtype=torch.float16)
     logits[:, 1, :300] += 8
     logits.requires_grad_()
     bounds = torch.tensor([[[10.0, 1000.0], [200.0, 210.0], [-INF, 100.0], [0.0, 10.0]]] * 2)[None]
@@ -551,23 +540,13 @@ def test_autocast_changes_nothing(name, rng):
                 logits.grad = None
                 value = loss(logits, target_of(formulation, bounds))
                 value.backward()
-                if hasattr(formulation, "step"):
-                    formulation.step()
+                formulation.step()
         results.append((value.detach(), logits.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert (results[0][1] != 0).any()
 
 
 # Invariances
-
-
-def test_flip(rng):
-    probs = random_probs((2, 3, 6, 5), rng)
-    bounds = bounds_around(soft_centroid(probs), rng)
-    mirrored = bounds.clone()
-    mirrored[:, :, 0] = 5 - bounds[:, :, 0].flip(-1)
-    loss = ConstraintLoss(soft_centroid, LogBarrierExtension())
-    torch.testing.assert_close(loss(probs.flip(2), mirrored), loss(probs, bounds))
 
 
 def test_translation(rng):
@@ -724,7 +703,7 @@ def test_repr_shows_the_settings():
 # Drop-in
 
 
-@formulations
+@pytest.mark.parametrize("name", ["barrier", "Lagrangian"])
 def test_meta_tensors_give_a_plain_tensor(name, rng):
     probs = random_probs((2, 3, 6, 5), rng)
     bounds = bounds_around(soft_size(probs), rng)
@@ -738,23 +717,6 @@ def test_meta_tensors_give_a_plain_tensor(name, rng):
     assert all(type(term) is torch.Tensor for term in loss.terms().values())
     value.backward()
     assert image.grad.isfinite().all()
-
-
-def test_meta_tensors_within_the_mapping(rng):
-    probs, image = random_probs((2, 3, 6, 5), rng), torch.from_numpy(rng.normal(size=(2, 1, 6, 5)))
-    bounds = bounds_around(soft_mean_intensity(probs, image), rng)
-    loss = ConstraintLoss(soft_mean_intensity, QuadraticPenalty())
-    value = loss(MetaTensor(probs), {"bounds": MetaTensor(bounds), "image": MetaTensor(image)})
-    assert type(value) is torch.Tensor and torch.equal(value, loss(probs, {"bounds": bounds, "image": image}))
-
-
-def test_input_and_target_are_not_changed(rng):
-    probs = random_probs((2, 3, 6, 5), rng)
-    bounds = bounds_around(soft_moments(probs), rng)
-    target = {"bounds": bounds, "spacing_mm": (0.5, 2.0), "index": INDEX}
-    before = probs.clone(), bounds.clone(), set(target)
-    ConstraintLoss(soft_moments, LogBarrierExtension())(probs, target)
-    assert torch.equal(probs, before[0]) and torch.equal(bounds, before[1]) and set(target) == before[2]
 
 
 def test_bounds_of_another_precision(rng):
@@ -787,6 +749,7 @@ def test_descent_reaches_size_and_centroid():
 
 # Refusals
 
+EVEN = torch.full((2, 3, 4, 4), 1 / 3)
 BAD_BOUNDS = {
     "too few samples": ((1, 3, 1, 2), "target: axis 0 of the bounds counts samples: expected 2, got 1"),
     "too few classes": (
@@ -802,51 +765,42 @@ BAD_BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("mapping", [False, True])
 @pytest.mark.parametrize(("shape", "words"), BAD_BOUNDS.values(), ids=BAD_BOUNDS)
-def test_refuses_bounds_of_another_shape(shape, words, mapping):
-    bounds = torch.zeros(shape)
+def test_refuses_bounds_of_another_shape(shape, words):
     with pytest.raises(ValueError, match=words):
-        ConstraintLoss(soft_size, QuadraticPenalty())(
-            torch.full((2, 3, 4, 4), 0.5), {"bounds": bounds} if mapping else bounds
-        )
+        ConstraintLoss(soft_size, QuadraticPenalty())(EVEN, torch.zeros(shape))
 
 
 def test_refuses_lower_above_upper():
     bounds = torch.tensor([1.0, 2.0]).expand(2, 3, 1, 2).clone()
     bounds[1, 2, 0] = torch.tensor([3.0, 2.0])
     with pytest.raises(ValueError, match=r"target: expected lower <= upper.*got 3\.0 and 2\.0 at .*\(1, 2, 0\)"):
-        ConstraintLoss(soft_size, QuadraticPenalty())(torch.full((2, 3, 4, 4), 0.5), bounds)
+        ConstraintLoss(soft_size, QuadraticPenalty())(EVEN, bounds)
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_refuses_bounds_that_are_no_number(side):
+def test_refuses_bounds_that_are_no_number():
+    side = 1
     bounds = torch.tensor([1.0, 2.0]).expand(2, 3, 1, 2).clone()
     bounds[1, 2, 0, side] = math.nan
     with pytest.raises(ValueError, match=r"target: expected lower <= upper.*\(1, 2, 0\); .*never NaN"):
-        ConstraintLoss(soft_size, QuadraticPenalty())(torch.full((2, 3, 4, 4), 0.5), bounds)
+        ConstraintLoss(soft_size, QuadraticPenalty())(EVEN, bounds)
 
 
 @pytest.mark.parametrize("classes", [(3,), (1, 7), (-1,)])
 def test_refuses_a_class_that_does_not_exist(classes):
     with pytest.raises(ValueError, match=r"classes: expected .*-1|classes: expected channel numbers below 3"):
-        ConstraintLoss(soft_size, QuadraticPenalty(), classes=classes)(
-            torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, 3, 1, 2)
-        )
+        ConstraintLoss(soft_size, QuadraticPenalty(), classes=classes)(EVEN, torch.zeros(2, 3, 1, 2))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"classes": ()}, r"classes: expected .*got"),
-        ({"classes": (1.5,)}, r"classes: expected .*got"),
         ({"unit": 0.0}, r"unit: expected .*got 0\.0"),
-        ({"unit": -1.0}, r"unit: expected .*got -1\.0"),
         ({"unit": math.nan}, "unit: expected .*got nan"),
-        ({"unit": math.inf}, "unit: expected .*got inf"),
         ({"logit_scale": 0.0, "softmax": True}, r"logit_scale: expected .*got 0\.0"),
-        ({"logit_scale": -1.0, "softmax": True}, r"logit_scale: expected .*got -1\.0"),
-        ({"logit_scale": math.nan, "softmax": True}, "logit_scale: expected .*got nan"),
+        ({"logit_scale": 2.0}, r"logit_scale: expected .*1 without sigmoid or softmax, got 2\.0"),
+        ({"softmax": "false"}, r"softmax: expected True or False, got 'false'"),
         ({"normalization": "relative"}, r'normalization: expected "image_size" or "none", got .relative.'),
         ({"sigmoid": True, "softmax": True}, "sigmoid, softmax, other_act: expected at most one"),
         ({"reduction": "average"}, "average"),
@@ -857,37 +811,33 @@ def test_refuses_senseless_settings(options, words):
         ConstraintLoss(soft_size, QuadraticPenalty(), **options)
 
 
-@pytest.mark.parametrize("formulation", [LogBarrierExtension, lambda z: z, "barrier", None])
-def test_formulation_is_a_module(formulation):
+@pytest.mark.parametrize("formulation", [LogBarrierExtension, torch.nn.Identity()])
+def test_formulation_is_declared(formulation):
     with pytest.raises(TypeError, match=r"formulation: expected one such as .*got"):
         ConstraintLoss(soft_size, formulation)
 
 
-@pytest.mark.parametrize("statistic", ["soft_size", None, 3])
+@pytest.mark.parametrize("statistic", ["soft_size", None])
 def test_statistic_is_a_function(statistic):
     with pytest.raises(TypeError, match=r"statistic: expected .*got"):
         ConstraintLoss(statistic, QuadraticPenalty())
 
 
 @pytest.mark.parametrize("name", ["Lagrangian", "AugmentedLagrangian"])
-@pytest.mark.parametrize("mapping", [False, True])
-def test_asks_for_the_index(name, mapping):
-    bounds = torch.zeros(2, 3, 1, 2)
-    with pytest.raises(ValueError, match=f"{name}.*index|index.*{name}"):
-        ConstraintLoss(soft_size, FORMULATIONS[name]())(
-            torch.full((2, 3, 4, 4), 0.5), {"bounds": bounds} if mapping else bounds
-        )
+def test_asks_for_the_index(name):
+    with pytest.raises(ValueError, match=f"index: {name}"):
+        ConstraintLoss(soft_size, FORMULATIONS[name]())(EVEN, torch.zeros(2, 3, 1, 2))
 
 
 def test_asks_for_the_bounds():
     with pytest.raises((ValueError, KeyError), match=r"bounds"):
-        ConstraintLoss(soft_size, QuadraticPenalty())(torch.full((2, 3, 4, 4), 0.5), {"index": INDEX})
+        ConstraintLoss(soft_size, QuadraticPenalty())(EVEN, {"index": INDEX})
 
 
-@pytest.mark.parametrize("target", [None, 3.0, [[0.0, 1.0]]])
+@pytest.mark.parametrize("target", [None, [[0.0, 1.0]]])
 def test_refuses_what_is_no_target(target):
     with pytest.raises((TypeError, ValueError), match=r"(target|bounds): expected .*got"):
-        ConstraintLoss(soft_size, QuadraticPenalty())(torch.full((2, 3, 4, 4), 0.5), target)
+        ConstraintLoss(soft_size, QuadraticPenalty())(EVEN, target)
 
 
 @pytest.mark.parametrize(
@@ -922,17 +872,6 @@ def test_volume_size(rng, constraint_reference):
     value = loss(probs, {"bounds": bounds, "volume": torch.tensor(volume)})
     assert value.item() == pytest.approx(expected, rel=1e-9)
     assert loss.last.residual.shape == (5, 2, 1, 2)
-
-
-def test_a_batch_is_one_volume(rng, constraint_reference):
-    probs = random_probs((5, 3, 6, 4), rng)
-    values = constraint_reference.volume_size(probs.numpy())
-    bounds = bounds_around(torch.from_numpy(values), rng, free=0)
-    expected = constraint_reference.constraint_loss(
-        values, bounds.numpy(), lambda z, *_: constraint_reference.quadratic(z), rows=[1, 2], voxels_per_image=24
-    )
-    loss = ConstraintLoss(soft_volume_size, QuadraticPenalty())
-    assert loss(probs, bounds).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_relation_without_its_mark_is_refused():

