@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
-from monai.data import Dataset, list_data_collate
+from monai.data import DataLoader, Dataset, list_data_collate
 from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from monai.transforms import Transform
+from torch import nn
 
 from medconstraints.data.output_folders import mask_path
+from medconstraints.engines.prepare_batch import source_file
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
 
@@ -68,36 +73,61 @@ def collate_or_failure(batch: Sequence[Any]) -> Any:
 class TolerantEvaluator(SupervisedEvaluator):
     """MONAI's `SupervisedEvaluator` that goes on after a failing volume and reports all failures at the end.
 
-    Use it with a loader of batch size 1 over a `TolerantDataset` and `collate_or_failure`: a volume that cannot be
-    read, and one whose inference or saving fails, is written down with its reason. At the end a list is logged, and
-    written as `report_path` when that is given.
+    A volume that cannot be read, and one whose inference or saving fails, is written down with its reason. At the end a
+    list is logged, and written as `report_path` when that is given.
 
     Args:
+        device: where the network is.
+        network: the network.
+        dataset: the volumes, one in a batch.
+        val_data_loader: batches of one volume with `collate_or_failure`, in place of `dataset`.
+        inferer, postprocessing, val_handlers: as in MONAI.
+        amp: mixed precision; None uses it on a GPU.
         report_path: JSON file for the names of the files done and of those that failed with reasons, or None. That of
             a former run is removed at the start.
         output_dir: folder of the masks, see `SaveMaskd`. The mask that a failing volume has there from a former run is
             renamed to `<mask>.old`: it must not look like one of this run. None leaves masks alone.
         postfix: of the masks' names.
-        kwargs: the arguments of `SupervisedEvaluator`.
 
     Raises:
+        ValueError: both or none of `dataset` and `val_data_loader`.
         RuntimeError: at the end of a run in which every volume failed.
     """
 
     def __init__(
         self,
         *,
+        device: str | torch.device,
+        network: nn.Module,
+        dataset: TolerantDataset | None = None,
+        val_data_loader: Iterable[Any] | None = None,
+        inferer: Inferer | None = None,
+        postprocessing: Transform | None = None,
+        val_handlers: Sequence[Any] | None = None,
+        amp: bool | None = None,
         report_path: str | Path | None = None,
         output_dir: str | Path | None = None,
         postfix: str = "seg",
-        **kwargs: Any,
     ) -> None:
+        if (dataset is None) == (val_data_loader is None):
+            raise ValueError("dataset, val_data_loader: expected exactly one of them; a data set gets its own loader.")
+        if val_data_loader is None:
+            val_data_loader = DataLoader(dataset, collate_fn=collate_or_failure)
+        device = torch.device(device)
         self.report_path = None if report_path is None else Path(report_path)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.postfix = postfix
         self.failures: list[dict[str, str]] = []
         self.done: list[str] = []
-        super().__init__(**kwargs)
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            inferer=inferer,
+            postprocessing=postprocessing,
+            val_handlers=val_handlers,
+            amp=device.type == "cuda" if amp is None else amp,
+        )
         self.add_event_handler(Events.STARTED, self._start)
         self.add_event_handler(Events.COMPLETED, self._finish)
 
@@ -110,16 +140,14 @@ class TolerantEvaluator(SupervisedEvaluator):
         if _FAILURE in batchdata:
             self._fail(batchdata["file"], batchdata[_FAILURE])
             return {}
-        name = "volume"
+        name = source_file(batchdata["image"]) or "volume"
         try:
-            file = getattr(batchdata["image"], "meta", {}).get("filename_or_obj", name)
-            name = str(file[0] if isinstance(file, list) else file)  # collated: a list of one
             output = super()._iteration(engine, batchdata)
         except Exception as error:
             engine.state.output = {}
             self._fail(name, _reason(error))
             return {}
-        self.done.append(Path(name).name)
+        self.done.append(name)
         return output
 
     def _fail(self, file: str, reason: str) -> None:

@@ -120,9 +120,11 @@ class TargetTrainer(SupervisedTrainer):
             epoch_length=epoch_length,
             non_blocking=non_blocking,
             decollate=decollate,
-            compile=compile,
             accumulation_steps=accumulation_steps,
         )
+        if compile:  # in place, where MONAI wraps: the weights keep their names
+            network.compile()
+        self.compile = compile
         # Before the batch is taken apart for postprocessing and metrics.
         self.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._restore_label)
         self._register_handlers(train_handlers or ())

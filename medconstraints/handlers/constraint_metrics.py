@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -12,33 +12,17 @@ from torch import Tensor
 
 from medconstraints import checks
 
-__all__ = ["ConstraintMetrics", "ConstraintTotals"]
+__all__ = ["ConstraintMetrics", "shares"]
 
 
-class ConstraintTotals(NamedTuple):
-    """Sums over the constraints of an epoch, from which shares and means are made.
-
-    Attributes:
-        constraints: number of constraints that are not free.
-        satisfied: how many of them hold.
-        violation: sum of `max(residual, 0)` over them, in the unit of the residuals.
-        before: how many of them held in the epoch before.
-        kept: how many of those still hold.
-    """
-
-    constraints: int
-    satisfied: int
-    violation: float
-    before: int
-    kept: int
-
-    def shares(self) -> dict[str, float | None]:
-        """Entries "satisfied", "stability" and "violation" of `ConstraintMetrics.compute`; None over no constraint."""
-        return {
-            "satisfied": _ratio(self.satisfied, self.constraints),
-            "stability": _ratio(self.kept, self.before),
-            "violation": _ratio(self.violation, self.constraints),
-        }
+def shares(sums: Tensor) -> dict[str, float | None]:
+    """Entries "satisfied", "stability" and "violation" of `ConstraintMetrics.sums`, over all their constraints."""
+    used, met, violation, before, kept = sums.sum(dim=1).tolist()
+    return {
+        "satisfied": met / used if used else None,
+        "stability": kept / before if before else None,
+        "violation": violation / used if used else None,
+    }
 
 
 class ConstraintMetrics:
@@ -56,7 +40,7 @@ class ConstraintMetrics:
     is not satisfied and makes the violation NaN.
 
     Tensors stay on their device until the end of the epoch: no batch makes the host wait. In distributed training
-    `compute` and `totals` gather the samples of all processes, so every process has to call them; all get the same
+    `compute` and `sums` gather the samples of all processes, so every process has to call them; all get the same
     values, and the same state, whichever process saw a sample before. A sample that two processes visited counts with
     the visit of the last process.
 
@@ -89,10 +73,14 @@ class ConstraintMetrics:
             raise ValueError(f"names: expected a different one for each constraint, got {self.names}.")
         self.tolerance = checks.number("tolerance", tolerance, least=0)
         self.match_by_order = checks.flag("match_by_order", match_by_order)
+        # Of the epoch before: sorted indices (N,), and what was satisfied (N, K).
+        self._before: tuple[Tensor, Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the batches of an unfinished epoch, not the epoch before."""
         self._rows: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._epoch: tuple[Tensor, Tensor, Tensor | None] | None = None
-        # Sorted indices (N,) and what was satisfied (N, K) in the epoch before.
-        self._before: tuple[Tensor, Tensor] | None = None
 
     def update(self, residual: Tensor, free: Tensor, index: Tensor | None = None) -> None:
         """Add a batch.
@@ -105,27 +93,21 @@ class ConstraintMetrics:
         Raises:
             ValueError: shapes or types do not fit each other, the names, or the batches and epochs before.
         """
-        if residual.dim() < 2 or not residual.is_floating_point():
+        if residual.dim() < 2 or free.shape != residual.shape or free.dtype != torch.bool:
             raise ValueError(
-                f"residual: expected a floating point tensor (B, ...), got {residual.dtype} of shape "
-                f"{tuple(residual.shape)}; add the axis of the batch."
-            )
-        if free.shape != residual.shape or free.dtype != torch.bool:
-            raise ValueError(
-                f"free: expected a bool tensor of the residual's shape {tuple(residual.shape)}, got {free.dtype} of "
-                f"shape {tuple(free.shape)}."
+                f"residual, free: expected numbers (B, ...) and bool of that shape, got {tuple(residual.shape)} and "
+                f"{free.dtype} {tuple(free.shape)}."
             )
         if index is not None and (index.shape != residual.shape[:1] or index.is_floating_point()):
             raise ValueError(
-                f"index: expected an integer for each of the {residual.shape[0]} rows of the residual, got "
-                f"{index.dtype} of shape {tuple(index.shape)}; give the position in the data set, or None."
+                f"index: expected None or an integer for each of the {len(residual)} samples, got {index.dtype} of "
+                f"shape {tuple(index.shape)}."
             )
         if self._rows and (self._rows[0][2] is None) != (index is None):
             raise ValueError("index: expected in every batch of an epoch or in none; give it always.")
         width = math.prod(residual.shape[1:])
         known = [len(self.names)] if self.names is not None else []
-        known += [self._rows[0][0].shape[1]] if self._rows else []
-        known += [self._before[1].shape[1]] if self._before is not None else []
+        known += [rows[1].shape[1] for rows in (self._before, *self._rows[:1]) if rows is not None]
         if any(width != count for count in known):
             raise ValueError(
                 f"residual: expected {known[0]} constraints in each sample, as in the names, the batches and the epoch "
@@ -135,26 +117,39 @@ class ConstraintMetrics:
         self._rows.append((*rows, None if index is None else index.detach()))
         self._epoch = None
 
-    def totals(self) -> ConstraintTotals:
-        """Sums over all constraints of the epoch so far, for totals over several losses; the host waits."""
-        used, met, violation, before, kept = self._sums().sum(dim=1).tolist()
-        return ConstraintTotals(int(used), int(met), violation, int(before), int(kept))
-
-    def keys(self) -> list[str]:
-        """What `compute` returns, in its order: all of it is known after the first batch, without waiting for it."""
-        return ["satisfied", "stability", "violation", *self._keys("satisfied"), *self._keys("violation")]
-
     def compute(self) -> dict[str, float | None]:
         """Metrics of the epoch so far; the host waits.
 
         Keys: "satisfied", "stability", "violation", and for each constraint of a sample "satisfied_<name>" and
         "violation_<name>". None where there is no constraint, see the class.
         """
-        used, met, violation, _, _ = self._sums().tolist()
-        result = self.totals().shares()
-        result |= {key: _ratio(a, b) for key, a, b in zip(self._keys("satisfied"), met, used, strict=True)}
-        result |= {key: _ratio(a, b) for key, a, b in zip(self._keys("violation"), violation, used, strict=True)}
+        sums = self.sums()
+        names: Sequence[Any] = range(sums.shape[1]) if self.names is None else self.names
+        single = [shares(sums[:, k : k + 1]) for k in range(sums.shape[1])]
+        result = shares(sums)
+        for what in ("satisfied", "violation"):
+            result |= {f"{what}_{name}": one[what] for name, one in zip(names, single, strict=True)}
         return result
+
+    def sums(self) -> Tensor:
+        """Sums over the samples of the epoch so far, of which `shares` makes metrics; the host waits.
+
+        Returns:
+            (5, K) float64 on the CPU, for each constraint of a sample: how many are not free, how many of these hold,
+            the sum of their max(residual, 0), how many of them held in the epoch before, how many of those still hold.
+        """
+        if not self._rows:
+            return torch.zeros(5, len(self.names or ()), dtype=torch.float64)
+        residual, free, index = self._samples()
+        used = ~free
+        met = used & (residual <= self.tolerance)
+        before = torch.zeros_like(used)
+        if index is not None and self._before is not None and len(self._before[0]):
+            known, held = self._before
+            row = torch.searchsorted(known, index).clamp(max=len(known) - 1)
+            before = held[row] & (known[row] == index)[:, None] & used
+        violation = torch.where(used, residual.double().clamp(min=0), 0.0)
+        return torch.stack([part.double().sum(dim=0) for part in (used, met, violation, before, before & met)])
 
     def next_epoch(self) -> None:
         """Keep what is satisfied now for the next epoch's stability, and forget the batches; nothing without any."""
@@ -163,10 +158,6 @@ class ConstraintMetrics:
         residual, free, index = self._samples()
         self._before = None if index is None else (index, ~free & (residual <= self.tolerance))
         self.reset()
-
-    def reset(self) -> None:
-        """Forget the batches of an unfinished epoch, not the epoch before."""
-        self._rows, self._epoch = [], None
 
     def state_dict(self) -> dict[str, Any]:
         """What the next epoch's stability needs, on the CPU; the batches of an unfinished epoch are not kept.
@@ -183,27 +174,13 @@ class ConstraintMetrics:
         Raises:
             ValueError: it is no state of such metrics.
         """
-        before = {name: value for name, value in state.items() if name != "names"}
-        if before and (
-            set(before) != {"index", "satisfied"} or before["satisfied"].shape[:-1] != before["index"].shape
-        ):
-            raise ValueError(
-                f"state: expected 'index' (N,) and 'satisfied' (N, K), got "
-                f"{ {name: tuple(value.shape) for name, value in before.items()} }; it is of something else."
-            )
-        self.names = state.get("names", self.names)
+        if set(state) not in ({"names"}, {"names", "index", "satisfied"}):
+            raise ValueError(f"state: expected names, and perhaps index and satisfied, got {sorted(state)}.")
+        self.names = state["names"]
         self._before = None
-        if before:
-            self._before = (before["index"].long().cpu().clone(), before["satisfied"].bool().cpu().clone())
+        if "index" in state:
+            self._before = (state["index"].long().cpu().clone(), state["satisfied"].bool().cpu().clone())
         self.reset()
-
-    def _keys(self, what: str) -> list[str]:
-        names: Sequence[Any] = self.names if self.names is not None else range(self._width())
-        return [f"{what}_{name}" for name in names]
-
-    def _width(self) -> int:
-        """Constraints of a sample, as far as they are known."""
-        return self._rows[0][0].shape[1] if self._rows else len(self.names or ())
 
     def _samples(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Residual (N, K) and free (N, K) of the samples, and their sorted indices (N,), on the CPU."""
@@ -221,25 +198,6 @@ class ConstraintMetrics:
             index = torch.arange(len(residual))
         self._epoch = residual, free, index
         return self._epoch
-
-    def _sums(self) -> Tensor:
-        """The five sums of `ConstraintTotals` for each constraint of a sample, (5, K) float64 on the CPU."""
-        if not self._rows:
-            return torch.zeros(5, self._width(), dtype=torch.float64)
-        residual, free, index = self._samples()
-        used = ~free
-        met = used & (residual <= self.tolerance)
-        before = torch.zeros_like(used)
-        if index is not None and self._before is not None and len(self._before[0]):
-            known, held = self._before
-            row = torch.searchsorted(known, index).clamp(max=len(known) - 1)
-            before = held[row] & (known[row] == index)[:, None] & used
-        violation = torch.where(used, residual.double().clamp(min=0), 0.0)
-        return torch.stack([part.double().sum(dim=0) for part in (used, met, violation, before, before & met)])
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
 
 
 def _of_all_processes(rows: Tensor) -> Tensor:

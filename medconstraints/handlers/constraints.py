@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from medconstraints.formulations import LogBarrierExtension
 from medconstraints.formulations.base import Formulation
-from medconstraints.handlers.constraint_metrics import ConstraintMetrics, ConstraintTotals
+from medconstraints.handlers.constraint_metrics import ConstraintMetrics, shares
 from medconstraints.handlers.epoch_table import EpochTable
-from medconstraints.handlers.parts import LossPart, parts_of
+from medconstraints.handlers.parts import parts_of
 from medconstraints.losses.base import ConstrainedLoss, Residuals, TargetLoss
 
 __all__ = ["ConstraintMetricsHandler"]
@@ -62,7 +62,7 @@ class ConstraintMetricsHandler:
     Raises:
         TypeError: there is no loss with constraints; for that of the trainer at the start of the run.
         ValueError: attached to an evaluator without a loss; or the loss is no part of the trainer's.
-        RuntimeError: in the first iteration, when the CSV file belongs to a run with other columns.
+        RuntimeError: after the first epoch, when the CSV file belongs to a run with other columns.
         KeyError: in a validation, when the batch lacks a key.
     """
 
@@ -85,25 +85,24 @@ class ConstraintMetricsHandler:
         self.match_by_order = match_by_order
         self.also = [also] if isinstance(also, str) else [*also]
         self.metrics: dict[str, ConstraintMetrics] = {}
-        self._parts: dict[str, LossPart] = {}
-        self._checked = False
-        self._duals: dict[int, Tensor] = {}
+        self._losses: dict[str, ConstrainedLoss] = {}
+        self._entries: dict[str, Mapping[str, str]] = {}
+        self._duals: dict[Formulation, Tensor] = {}
         if loss is not None:
             self._prepare(loss)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer or an evaluator."""
-        evaluates = isinstance(engine, Evaluator)
-        if evaluates and self.loss is None:
-            raise ValueError("loss: expected the loss whose constraints are measured, an evaluator has none.")
-        if not evaluates:
+        trains = not isinstance(engine, Evaluator)
+        if trains:
             engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
-        if evaluates:
-            engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._add_predictions)
-        else:
             engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._add_last)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report, trains=not evaluates)
+        elif self.loss is None:
+            raise ValueError("loss: expected the loss whose constraints are measured, an evaluator has none.")
+        else:
+            engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._add_predictions)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._report, trains=trains)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What stability needs of the epoch before, for each loss."""
@@ -121,25 +120,27 @@ class ConstraintMetricsHandler:
             metrics.load_state_dict(state[name])
 
     def _prepare(self, loss: Any) -> None:
-        self._parts = {name: part for name, part in parts_of(loss).items() if isinstance(part.loss, ConstrainedLoss)}
-        if not self._parts:
+        for name, (one, entries) in parts_of(loss).items():
+            if isinstance(one, ConstrainedLoss):
+                self._losses[name], self._entries[name] = one, entries
+        if not self._losses:
             raise TypeError(
                 f"loss: expected one with constraints, such as ConstraintLoss or a CombinedLoss with it, got "
                 f"{type(loss).__name__}; leave this handler out, or give it the loss."
             )
         self.metrics = {
             name: ConstraintMetrics(tolerance=self.tolerance, match_by_order=self.match_by_order)
-            for name in self._parts
+            for name in self._losses
         }
 
     def _start(self, engine: Any) -> None:
         trained = engine.loss_function
-        if self.loss is None and not self._parts:
+        if self.loss is None and not self._losses:
             self._prepare(trained)
-        for name, part in self._parts.items():
-            if not any(part.loss is module for module in trained.modules()):
+        for name, loss in self._losses.items():
+            if not any(loss is module for module in trained.modules()):
                 raise ValueError(
-                    f"loss: {name or type(part.loss).__name__!r} is no part of the loss that is trained; give the same "
+                    f"loss: {name or type(loss).__name__!r} is no part of the loss that is trained; give the same "
                     "object to both, or leave it out here."
                 )
 
@@ -149,23 +150,18 @@ class ConstraintMetricsHandler:
         self._duals = {}
 
     def _add_last(self, engine: Engine) -> None:
-        for name, loss in self._losses().items():
+        for name, loss in self._losses.items():
             if loss.last is not None:
                 self._update(name, loss, loss.last)
                 self._add_dual(loss.formulation, loss.last)
-        self._check_columns(trains=True)
 
     def _add_predictions(self, engine: Engine) -> None:
         output: Any = engine.state.output
         predictions: Tensor = output[CommonKeys.PRED]
-        for name, loss in self._losses().items():
-            target = _target(engine.state.batch, self._parts[name], predictions.device)
+        for name, loss in self._losses.items():
+            target = _target(engine.state.batch, loss, self._entries[name], predictions.device)
             with torch.no_grad():
                 self._update(name, loss, loss.residual(predictions, target))
-        self._check_columns(trains=False)
-
-    def _losses(self) -> dict[str, ConstrainedLoss]:
-        return {name: part.loss for name, part in self._parts.items() if isinstance(part.loss, ConstrainedLoss)}
 
     def _update(self, name: str, loss: ConstrainedLoss, seen: Residuals) -> None:
         metrics = self.metrics[name]
@@ -178,28 +174,12 @@ class ConstraintMetricsHandler:
         residual, free, index = seen
         dual = formulation.dual(residual, index)
         sums = torch.stack([dual.masked_fill(free, 0.0).sum(), (~free).sum().to(dual)])
-        former = self._duals.get(id(formulation))
-        self._duals[id(formulation)] = sums if former is None else former + sums
-
-    def _check_columns(self, *, trains: bool) -> None:
-        """In the first iteration of a run, so that no epoch is lost when the file does not fit."""
-        if not self._checked and self.csv is not None and idist.get_rank() == 0:
-            self.csv.check([*(self.prefix + key for key in self._keys(trains=trains)), *self.also])
-        self._checked = True
-
-    def _keys(self, *, trains: bool) -> list[str]:
-        keys = ["satisfied", "stability", "violation"]
-        for name, metrics in self.metrics.items():
-            keys += [f"{key}_{name}" for key in keys[:3] if len(self.metrics) > 1]
-            keys += metrics.keys()[3:]
-        for formulation, ending, _ in self._formulations() if trains else ():
-            keys += [key + ending for key in _reported(formulation)]
-        return keys
+        self._duals[formulation] = self._duals[formulation] + sums if formulation in self._duals else sums
 
     def _formulations(self) -> list[tuple[Formulation, str, list[str]]]:
         """Each formulation once, the ending of its metrics, and the names of its losses."""
         groups: dict[Formulation, list[str]] = {}
-        for name, loss in self._losses().items():
+        for name, loss in self._losses.items():
             groups.setdefault(loss.formulation, []).append(name)
         several = len(groups) > 1
         return [(one, "".join(f"_{name}" for name in names if several), names) for one, names in groups.items()]
@@ -217,47 +197,40 @@ class ConstraintMetricsHandler:
             metrics.next_epoch()
 
     def _values(self, *, trains: bool) -> dict[str, float | None]:
-        totals = {name: metrics.totals() for name, metrics in self.metrics.items()}
-        values = _added(totals.values()).shares()
+        sums = {name: metrics.sums() for name, metrics in self.metrics.items()}
+        total = shares(torch.cat([*sums.values()], dim=1))
+        values = dict(total)
         for name, metrics in self.metrics.items():
-            shares = totals[name].shares()
-            if len(self.metrics) > 1:
-                values |= {f"{key}_{name}": value for key, value in shares.items()}
-            values |= {key: value for key, value in metrics.compute().items() if key not in shares}
+            if len(sums) > 1:
+                values |= {f"{key}_{name}": value for key, value in shares(sums[name]).items()}
+            values |= {key: value for key, value in metrics.compute().items() if key not in total}
         for formulation, ending, names in self._formulations() if trains else ():
-            reported: dict[str, float | None] = {key: float(value) for key, value in formulation.report().items()}
-            if isinstance(formulation, LogBarrierExtension):
-                constraints = sum(totals[name].constraints for name in names)
-                reported["duality_gap_bound"] = formulation.duality_gap_bound(constraints)
-            if id(formulation) in self._duals:
-                total, count = torch.as_tensor(idist.all_reduce(self._duals[id(formulation)])).tolist()
-                reported["dual_mean"] = total / count if count else None
-            values |= {key + ending: reported.get(key) for key in _reported(formulation)}
+            constraints = int(sum(sums[name][0].sum() for name in names))
+            values |= {key + ending: value for key, value in self._reported(formulation, constraints).items()}
+        return values
+
+    def _reported(self, formulation: Formulation, constraints: int) -> dict[str, float | None]:
+        values: dict[str, float | None] = {key: float(value) for key, value in formulation.report().items()}
+        if isinstance(formulation, LogBarrierExtension):
+            values["duality_gap_bound"] = formulation.duality_gap_bound(constraints)
+        values["dual_mean"] = None
+        if formulation in self._duals:
+            total, count = torch.as_tensor(idist.all_reduce(self._duals[formulation])).tolist()
+            values["dual_mean"] = total / count if count else None
         return values
 
 
-def _target(batch: Mapping[str, Any], part: LossPart, device: torch.device) -> dict[str, Any]:
+def _target(
+    batch: Mapping[str, Any], loss: TargetLoss, keys: Mapping[str, str], device: torch.device
+) -> dict[str, Any]:
     """Target of a loss; the index of the samples is used where there is one."""
-    optional = {*part.loss.optional_keys, "index"}
-    missing = [key for entry, key in part.entries.items() if key not in batch and entry not in optional]
+    optional = {*loss.optional_keys, "index"}
+    missing = [key for entry, key in keys.items() if key not in batch and entry not in optional]
     if missing:
         raise KeyError(
             f"batch: no {missing}, it has {sorted(map(str, batch))}; add the transform that makes them to the "
             "evaluator's data."
         )
-    target = {entry: batch[key] for entry, key in part.entries.items() if key in batch}
-    return {
-        entry: value.to(device, non_blocking=True)
-        if isinstance(value, Tensor) and entry not in part.loss.host_keys
-        else value
-        for entry, value in target.items()
-    }
-
-
-def _reported(formulation: Formulation) -> list[str]:
-    barrier = isinstance(formulation, LogBarrierExtension)
-    return [*formulation.report(), *(["duality_gap_bound"] if barrier else []), "dual_mean"]
-
-
-def _added(totals: Iterable[ConstraintTotals]) -> ConstraintTotals:
-    return ConstraintTotals(*(sum(column) for column in zip(*totals, strict=True)))
+    target = {entry: batch[key] for entry, key in keys.items() if key in batch}
+    moved = [entry for entry in target if isinstance(target[entry], Tensor) and entry not in loss.host_keys]
+    return target | {entry: target[entry].to(device, non_blocking=True) for entry in moved}

@@ -27,17 +27,6 @@ class EpochTable:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Find out before an epoch whether its row will fit.
-
-        Args:
-            columns: names of the values, without "epoch".
-
-        Raises:
-            RuntimeError: the file exists and has other columns besides, or is no such table.
-        """
-        self._rows_before(0, columns)
-
     def write(self, epoch: int, values: Mapping[str, float | None]) -> None:
         """Add the row of an epoch, in place of the rows of this and later epochs.
 

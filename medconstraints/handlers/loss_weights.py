@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ignite.engine import Engine, Events
 
+from medconstraints import checks
 from medconstraints.losses.combined import CombinedLoss
 
 __all__ = ["LossWeightHandler"]
@@ -18,9 +18,8 @@ class LossWeightHandler:
 
     The weights are those of this very epoch from its first iteration on; MONAI's `ParamSchedulerHandler` acts after an
     iteration, and so one too late. Nothing needs to be saved: a resumed run computes them from its epoch. They are put
-    into the metrics of the trainer, where `StatsHandler` and `TensorBoardStatsHandler` find them. Name the handler
-    among the `monitors` of `training_handlers`. A loss whose weight is 0 is still computed, unless the combined loss
-    has `skip_unweighted=True`.
+    into the metrics of the trainer. Name the handler among the `monitors` of `training_handlers`. A loss whose weight
+    is 0 is still computed, unless the combined loss has `skip_unweighted=True`.
 
     Args:
         schedule: epochs done, from 0 -> {name of a loss: its weight}, such as `AlphaSchedule`; a loss that it does not
@@ -29,7 +28,7 @@ class LossWeightHandler:
         prefix: put before each name in the metrics.
 
     Raises:
-        TypeError: the loss is no `CombinedLoss`, `schedule` cannot be called or gives no mapping.
+        TypeError: the loss is no `CombinedLoss`, or `schedule` gives no mapping.
         ValueError: `schedule` names what is no loss, or a weight is not finite.
 
     Example:
@@ -46,11 +45,6 @@ class LossWeightHandler:
         loss: CombinedLoss | None = None,
         prefix: str = "train_weight_",
     ) -> None:
-        if not callable(schedule):
-            raise TypeError(
-                "schedule: expected a function of the epochs done, such as AlphaSchedule, got "
-                f"{type(schedule).__name__}."
-            )
         self.loss = loss
         self.schedule = schedule
         self.prefix = prefix
@@ -74,15 +68,11 @@ class LossWeightHandler:
             raise TypeError(f"loss: expected a CombinedLoss, whose weights can be set, got {type(loss).__name__}.")
         given = self.schedule(epoch)
         if not isinstance(given, Mapping):
-            raise TypeError(
-                f"schedule: expected a mapping from names of losses to weights, got {type(given).__name__} after "
-                f"{epoch} epochs."
-            )
+            raise TypeError(f"schedule: expected a mapping from losses to weights, got {type(given).__name__}.")
         unknown = sorted(set(given) - set(loss.weights))
         if unknown:
             raise ValueError(f"schedule: {unknown} name no loss; the losses are {sorted(loss.weights)}.")
-        weights = {name: float(weight) for name, weight in given.items()}
-        for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"schedule: expected finite weights, got {weight} for {name!r} after {epoch} epochs.")
-        return weights
+        return {
+            name: checks.number(f"schedule: weight of {name!r} after {epoch} epochs", weight)
+            for name, weight in given.items()
+        }

@@ -31,6 +31,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_OTHER = "it belongs to another run, or this one was changed; move it away to start again."
+
 
 @runtime_checkable
 class Stateful(Protocol):
@@ -84,11 +86,7 @@ class EpochSeedHandler:
 
 
 class SamplerEpochHandler:
-    """Tells a distributed sampler the epoch, which shuffles by it.
-
-    Args:
-        sampler: anything with `set_epoch`, such as MONAI's `DistributedSampler`.
-    """
+    """Tells a sampler with `set_epoch`, such as MONAI's `DistributedSampler`, the epoch, by which it shuffles."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -155,13 +153,12 @@ class SaveLatestHandler:
         _save(_unwrapped(engine.network).state_dict(), self.path)
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(settings: Mapping[str, Any]) -> Any:
     """What JSON makes of the settings: tuples become lists, as they are once they were saved."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+        return json.loads(json.dumps(dict(settings)))
     except (TypeError, ValueError) as error:
         raise TypeError(f"settings: expected numbers, strings, lists and dictionaries ({error}).") from error
-    return plain
 
 
 class ResumeHandler:
@@ -181,6 +178,7 @@ class ResumeHandler:
 
     Raises:
         TypeError: an object has no state, or the settings are not of JSON's types.
+        ValueError: an object has the name of one of the trainer's.
         RuntimeError: at the start of a run, when the file cannot be read or belongs to another run.
     """
 
@@ -202,7 +200,7 @@ class ResumeHandler:
                 )
         self.counters = {} if counters is None else counters
         self.evaluator: Any = evaluator
-        self.settings = None if settings is None else _as_json(settings)
+        self.settings: dict[str, Any] | None = None if settings is None else _as_json(settings)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -219,6 +217,8 @@ class ResumeHandler:
                 found["loss"] = engine.loss_function
         if isinstance(engine, Trainer) and engine.scaler is not None:
             found["scaler"] = engine.scaler
+        if twice := sorted(found.keys() & self.objects):
+            raise ValueError(f"objects: {twice} are kept of the trainer already; give other objects other names.")
         return {name: _unwrapped(obj) for name, obj in (found | self.objects).items()}
 
     def _write(self, engine: Engine) -> None:
@@ -226,9 +226,8 @@ class ResumeHandler:
             "objects": {name: obj.state_dict() for name, obj in self._stateful(engine).items()},
             "counters": dict(self.counters),
             "trainer": {"epoch": engine.state.epoch, "iteration": engine.state.iteration},
+            "settings": self.settings,
         }
-        if self.settings is not None:
-            state["settings"] = self.settings
         if self.evaluator is not None:
             best = self.evaluator.state
             state["evaluator"] = {"best_metric": float(best.best_metric), "best_metric_epoch": best.best_metric_epoch}
@@ -238,28 +237,26 @@ class ResumeHandler:
         if not self.path.exists():
             return
         state, objects = self._read(), self._stateful(engine)
-        saved = state["objects"]
         # A run may go on on a device of another kind, with a scaler that it did not have before.
-        missing = sorted({*objects, *self.counters} - {*saved, *state["counters"], "scaler"})
+        missing = sorted({*objects, *self.counters} - {*state["objects"], *state["counters"], "scaler"})
         if missing:
-            raise RuntimeError(f"{self.path.name}: has no state of {missing}; it belongs to another run, move it away.")
-        self._compare(state)
+            raise RuntimeError(f"{self.path.name}: has no state of {missing}; {_OTHER}")
+        self._compare(state["settings"])
         for name, obj in objects.items():
-            if name == "scaler" and not saved.get(name):  # that of a run without mixed precision has none
+            if name == "scaler" and not state["objects"].get(name):  # that of a run without mixed precision has none
                 continue
             try:
-                obj.load_state_dict(saved[name])
+                obj.load_state_dict(state["objects"][name])
             except (KeyError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise RuntimeError(
-                    f"{self.path.name}: the state of {name!r} does not fit ({reason}); it belongs to another run, or "
-                    "this one was changed; move it away to start again."
+                    f"{self.path.name}: the state of {name!r} does not fit ({reason}); {_OTHER}"
                 ) from error
         self.counters.update({name: state["counters"][name] for name in self.counters})
         engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
-        if self.evaluator is not None and "evaluator" in state:
-            self.evaluator.state.best_metric = state["evaluator"]["best_metric"]
-            self.evaluator.state.best_metric_epoch = state["evaluator"]["best_metric_epoch"]
+        if self.evaluator is not None:
+            for name, value in state.get("evaluator", {}).items():
+                setattr(self.evaluator.state, name, value)
         logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path.name)
         if engine.state.max_epochs is not None and engine.state.epoch >= engine.state.max_epochs:
             logger.info("all %d epochs are done already; raise the number of epochs to go on", engine.state.max_epochs)
@@ -267,7 +264,7 @@ class ResumeHandler:
 
     def _read(self) -> dict[str, Any]:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state: Any = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
             # torch's advice for what is no file of weights is to load it with less care: not repeated here.
             unpickling = isinstance(error, pickle.UnpicklingError) or not str(error)
@@ -275,26 +272,23 @@ class ResumeHandler:
             raise RuntimeError(
                 f"{self.path.name}: the last state of this run cannot be read ({reason}); move it away to start again."
             ) from error
-        parts = {"objects", "counters", "trainer"}
+        parts = {"objects", "counters", "trainer", "settings"}
         missing = sorted(parts - (set(state) if isinstance(state, dict) else set()))
         if missing:
-            raise RuntimeError(
-                f"{self.path.name}: is no state of a run, it lacks {missing}; move it away to start again."
-            )
+            raise RuntimeError(f"{self.path.name}: is no state of a run, it lacks {missing}; {_OTHER}")
         return dict(state)
 
-    def _compare(self, state: Mapping[str, Any]) -> None:
+    def _compare(self, saved: Mapping[str, Any] | None) -> None:
         if self.settings is None:
             return
-        if "settings" not in state:
+        if saved is None:
             logger.warning("%s does not tell the settings of its run: they are not compared", self.path.name)
             return
-        saved = state["settings"]
-        nothing = object()
         changed = [
             f"{name} was {saved.get(name, 'not set')!r}, is {self.settings.get(name, 'not set')!r}"
             for name in sorted({*saved, *self.settings})
-            if saved.get(name, nothing) != self.settings.get(name, nothing)
+            # None is a setting too.
+            if (name in saved, saved.get(name)) != (name in self.settings, self.settings.get(name))
         ]
         if changed:
             raise RuntimeError(

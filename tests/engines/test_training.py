@@ -71,6 +71,14 @@ def test_own_targets_are_possible(make_trainer):
     assert seen == [trainer.network]  # handlers find what they need when they are attached
 
 
+def test_compiled_in_place(make_trainer, tiny_network, monkeypatch):
+    """The weights keep their names, and what is compiled gets no meta tensors."""
+    network, done = tiny_network(), []
+    monkeypatch.setattr(network, "compile", lambda: done.append(1))
+    trainer = make_trainer(network=network, compile=True)
+    assert (trainer.network is network, trainer.compile, done) == (True, True, [1])
+
+
 def test_defaults_follow_the_device(make_trainer):
     assert make_trainer().amp is False
     loss = Weighted()

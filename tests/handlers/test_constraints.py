@@ -250,23 +250,13 @@ def test_an_epoch_that_was_cut_off_does_not_count(make_trainer, items):
     assert trainer.state.metrics["duality_gap_bound"] == 10 / 5
 
 
-def test_only_process_0_looks_at_the_file(make_trainer, items, tmp_path, monkeypatch):
-    """One with other columns stops the run in its first iteration."""
+def test_only_process_0_writes_the_file(make_trainer, items, tmp_path, monkeypatch):
     path = tmp_path / "c.csv"
-    path.write_text("epoch,loss\n1,0.5\n")
-    done = []
-    for rank, iterations in ((0, 0), (1, 3)):
+    for rank in (1, 0):
         monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
         loss = Given(rows_of(*[(1, 1)] * 5))
-        trainer = make_trainer(items, loss_function=loss, handlers=[ConstraintMetricsHandler(csv_path=path)])
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: done.append(1))
-        if rank:
-            trainer.run()
-        else:
-            with pytest.raises(RuntimeError, match=r"c\.csv: its columns are those of another run"):
-                trainer.run()
-        assert len(done) == iterations
-    assert path.read_text() == "epoch,loss\n1,0.5\n"
+        make_trainer(items, loss_function=loss, handlers=[ConstraintMetricsHandler(csv_path=path)]).run()
+        assert path.exists() == (rank == 0)
 
 
 def test_state_goes_on_in_another_handler(make_trainer, items, tmp_path):

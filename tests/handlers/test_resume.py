@@ -344,6 +344,10 @@ def test_weights_of_another_architecture(tmp_path):
 def test_what_has_no_state_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"objects: .*got list for 'seen'"):
         ResumeHandler(tmp_path / "last.pt", {"seen": []})
+    run = Run(tmp_path, max_epochs=1)
+    ResumeHandler(tmp_path / "other.pt", {"network": nn.Identity()}).attach(run.engine)
+    with pytest.raises(ValueError, match=r"objects: \['network'\] are kept of the trainer already"):
+        run()
 
 
 class Scaler:
