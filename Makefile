@@ -16,7 +16,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.report ## train on synthetic volumes and write an HTML report to output/demo
-	$(BIN)/python -m medconstraints.demo --output output/demo
+	$(BIN)/python -m medconstraints demo
 
 test: $(VENV)/.test ## run the default tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

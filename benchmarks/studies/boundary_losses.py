@@ -135,7 +135,7 @@ def commands(dataset: str, options: str, seed: int, name: str) -> list[list[str]
     predict = [*run, f"['{configs}/inference.json','{configs}/inference_slices.json']"]
     predict += ["--dataset_dir", f"lists/{dataset}.json", "--ckpt_path", f"runs/{name}/model.pt"]
     predict += ["--output_dir", f"masks/{name}", "--overwrite", "true", *shlex.split(inference)]
-    score = ["python", "-m", "medconstraints.reports.evaluation", "--datalist", f"lists/{dataset}.json"]
+    score = ["python", "-m", "medconstraints", "evaluation", "--datalist", f"lists/{dataset}.json"]
     score += ["--section", "test", "--predictions", f"masks/{name}", "--structures", json.dumps(structures)]
     return [train, predict, [*score, "--output", f"scores/{name}.json", "--overwrite"]]
 

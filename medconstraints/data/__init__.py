@@ -1,10 +1,9 @@
 """Data sets: manifests of public data, datalists, slices, folders that runs write to."""
 
 from medconstraints.data.cohort import CohortDataset, MissingData, cohort_items, in_order, inference_items
-from medconstraints.data.datalist_sections import read_datalist, read_labelled
-from medconstraints.data.datalists import make_datalist
+from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.inference_files import volumes_for_inference
-from medconstraints.data.manifests import check_dataset, load_manifest
+from medconstraints.data.manifests import check_dataset, load_manifest, make_datalist
 from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
 from medconstraints.data.run_settings import (
     check_options,
@@ -15,7 +14,6 @@ from medconstraints.data.run_settings import (
     write_settings,
 )
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
-from medconstraints.data.supervision import number_items
 
 __all__ = [
     "CohortDataset",

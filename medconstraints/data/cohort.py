@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 from monai.data import CacheDataset
 
-from medconstraints.data.datalist_sections import read_datalist, read_labelled
+from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.inference_files import volumes_for_inference
-from medconstraints.data.supervision import number_items
 
 __all__ = ["CohortDataset", "MissingData", "TransformSteps", "cohort_items", "in_order", "inference_items"]
 

@@ -1,4 +1,4 @@
-"""Items of a datalist, with every path made relative to the list's folder."""
+"""Items of a datalist: paths that start at the list's folder, which have labels, which is labelled in full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH_KEYS", "choose_segmented", "load_datalist", "read_datalist", "read_labelled"]
+__all__ = ["PATH_KEYS", "choose_segmented", "load_datalist", "number_items", "read_datalist", "read_labelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +38,30 @@ def load_datalist(path: str | PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def read_datalist(path: str | Path, section: str, *, required: bool = True) -> list[dict[str, Any]]:
+def read_datalist(
+    path: str | PathLike[str],
+    section: str,
+    *,
+    required: bool = True,
+    base_dir: str | PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
     """One section of a datalist in the style of the Medical Segmentation Decathlon.
 
     Args:
         path: JSON file whose sections are lists of entries, dictionaries with an "image" or plain image paths.
         section: such as "training", "validation" or "test".
         required: False to get an empty list where the section is missing or empty.
+        base_dir: folder that relative paths start from; None for the datalist's own.
 
     Returns:
-        The entries; paths under `PATH_KEYS`, or lists of them, now start at the datalist's folder. Other values stay.
+        The entries; paths under `PATH_KEYS`, or lists of them, now start at the folder. Other values stay.
 
     Raises:
         FileNotFoundError: no such datalist.
         ValueError: it is not JSON, or has no such section, or the section is empty or has an entry without image.
     """
     file, content = Path(path), load_datalist(path)
+    base = file.parent if base_dir is None else Path(base_dir)
     sections = sorted(key for key, value in content.items() if isinstance(value, list))
     if section not in sections and not required:
         return []
@@ -62,28 +70,23 @@ def read_datalist(path: str | Path, section: str, *, required: bool = True) -> l
     entries = []
     for number, given in enumerate(content[section]):
         entry = dict(given) if isinstance(given, dict) else {"image": given}
+        where = f"datalist: entry {number} of {section!r} in {file.name}"
         if "image" not in entry:
-            raise ValueError(
-                f"datalist: entry {number} of {section!r} in {file.name} has no image, only {sorted(entry)}."
-            )
-        for key in PATH_KEYS:
-            if key in entry:
-                value = entry[key]
-                parts = value if isinstance(value, list) else [value]
-                if not parts or not all(isinstance(part, str) for part in parts):
-                    raise ValueError(
-                        f"datalist: entry {number} of {section!r} in {file.name}: expected a path under {key!r}, or a "
-                        f"list of paths, got {value!r}."
-                    )
-                paths = [str(file.parent / part) for part in parts]
-                entry[key] = paths if isinstance(value, list) else paths[0]
+            raise ValueError(f"{where} has no image, only {sorted(entry)}.")
+        for key in (key for key in PATH_KEYS if key in entry):
+            value = entry[key]
+            parts = value if isinstance(value, list) else [value]
+            if not parts or not all(isinstance(part, str) for part in parts):
+                raise ValueError(f"{where}: expected a path under {key!r}, or a list of paths, got {value!r}.")
+            paths = [str(base / part) for part in parts]
+            entry[key] = paths if isinstance(value, list) else paths[0]
         entries.append(entry)
     if not entries and required:
         raise ValueError(f"datalist: section {section!r} of {file.name} is empty.")
     return entries
 
 
-def read_labelled(path: str | Path, section: str) -> list[dict[str, Any]]:
+def read_labelled(path: str | PathLike[str], section: str) -> list[dict[str, Any]]:
     """The entries of a section that have a label, which may be none: then nothing can be validated, only trained.
 
     Args:
@@ -104,7 +107,7 @@ def read_labelled(path: str | Path, section: str) -> list[dict[str, Any]]:
 
 
 def choose_segmented(
-    path: str | Path, section: str, *, cases: int, patients: Sequence[str] | None = None
+    path: str | PathLike[str], section: str, *, cases: int, patients: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """A few segmented entries, from which bounds are fitted: evenly spread over the section, or of some patients.
 
@@ -128,8 +131,42 @@ def choose_segmented(
         chosen = [item for item in items if item.get("patient") in patients]
         missing = sorted(set(patients) - {str(item["patient"]) for item in chosen})
         if missing:
-            raise ValueError(f"--patient: no entry of section {section!r} has the patients {missing}.")
+            raise ValueError(f"patients: no entry of section {section!r} has the patients {missing}.")
         return chosen
     if cases < 1:
-        raise ValueError(f"--cases: expected at least 1, got {cases}.")
+        raise ValueError(f"cases: expected at least 1, got {cases}.")
     return items[:: max(1, len(items) // cases)][:cases]
+
+
+def number_items(
+    items: Sequence[dict[str, Any]], *, fully_labelled: int = 0, patient_key: str = "patient"
+) -> list[dict[str, Any]]:
+    """Items with their number under "index", and under "fully_labelled" whether their whole label may be used.
+
+    Hybrid training (Kervadec 2020, section 2.4.3) replaces the weak labels of n patients by full ones: transforms that
+    make weak labels keep the whole label of such an item, those that make bounds leave it free.
+
+    Args:
+        items: entries of a datalist.
+        fully_labelled: n, patients that are labelled in full: the first n different values of `patient_key`, or the
+            first n items where they do not name a patient.
+        patient_key: key of the patient's name.
+
+    Raises:
+        ValueError: n is negative, or more than there are.
+
+    Example:
+        >>> [item["fully_labelled"] for item in number_items([{"image": "a"}, {"image": "b"}], fully_labelled=1)]
+        [True, False]
+    """
+    names = [str(item.get(patient_key, f"item {number}")) for number, item in enumerate(items)]
+    patients = list(dict.fromkeys(names))
+    if fully_labelled != int(fully_labelled) or not 0 <= fully_labelled <= len(patients):
+        raise ValueError(
+            f"fully_labelled: expected an integer 0..{len(patients)}, the number of patients, got {fully_labelled!r}."
+        )
+    chosen = set(patients[: int(fully_labelled)])
+    return [
+        {**item, "index": number, "fully_labelled": name in chosen}
+        for number, (item, name) in enumerate(zip(items, names, strict=True))
+    ]

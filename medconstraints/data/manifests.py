@@ -1,37 +1,46 @@
-"""Manifests of public data sets: read one, and compare a local copy of the data with it.
+"""Manifests of public data sets: read one, compare a local copy of the data with it, list its cases by patient.
 
-``python -m medconstraints.data.manifests check --manifest data_manifests/hippocampus.json --root DIR`` prints what is
-wrong with a copy, and ``datalist`` writes its list, divided by patient; data_manifests/README.md explains the files.
+data_manifests/README.md explains the files; the commands are `check_dataset` and `make_datalist`.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-import sys
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from monai.data import partition_dataset
 from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 
-from medconstraints.data.datalists import make_datalist
-from medconstraints.data.layouts import Case, file_problems, find_cases
-
-__all__ = ["check_dataset", "load_manifest", "make_datalist"]
+__all__ = ["Case", "check_dataset", "file_problems", "find_cases", "load_manifest", "make_datalist"]
 
 Geometry = tuple[tuple[int, ...], tuple[float, ...] | None]  # shape, spacing in mm
 
-DESCRIPTION = "Compare a local copy of a data set with its manifest, or make a datalist from it."
+PARTS = ("training", "validation", "test")
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 NIFTI = (".nii", ".nii.gz")
 METAIMAGES = (".mha", ".mhd")
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zlib.error, ImageFileError)
 SPACING_TOLERANCE = 0.01  # relative, headers are rounded
+
+
+class Case(NamedTuple):
+    """The files of one case: one list for each entry of the layout, in its order.
+
+    `name` joins the values of the first pattern's placeholders; `patient` is the placeholder of that name, or the same.
+    """
+
+    name: str
+    patient: str
+    files: list[list[Path]]
 
 
 def load_manifest(path: str | Path) -> dict[str, Any]:
@@ -47,6 +56,48 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
     if messages := [f"{'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}" for error in errors]:
         raise ValueError(f"{path} is no valid manifest:\n" + "\n".join(messages))
     return manifest
+
+
+def find_cases(layout: Sequence[Mapping[str, Any]], root: str | Path) -> list[Case]:
+    """Group the files below `root` by the placeholders of the first pattern, sorted by their values.
+
+    In a pattern, `{name}` stands for letters, digits and hyphens, the same ones wherever the name stands again; `*` for
+    anything within one folder name or file name; `**/` for any number of folders.
+
+    Raises:
+        FileNotFoundError: if `root` is not a folder.
+
+    Example:
+        >>> find_cases([{"key": "image", "pattern": "imagesTr/{case}.nii.gz"}], ".")
+        []
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: expected the folder of the data set, {root} is none.")
+    patterns = [_regex(entry["pattern"]) for entry in layout]
+    identity = list(patterns[0].groupindex)
+    found: dict[tuple[str, ...], list[list[Path]]] = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        for i, pattern in enumerate(patterns):
+            if match := pattern.fullmatch(path.relative_to(root).as_posix()):
+                key = tuple(match[name] for name in identity)
+                found.setdefault(key, [[] for _ in layout])[i].append(path)
+    patient = identity.index("patient") if "patient" in identity else None
+    return [
+        Case("/".join(key), "/".join(key) if patient is None else key[patient], found[key]) for key in sorted(found)
+    ]
+
+
+def file_problems(layout: Sequence[Mapping[str, Any]], case: Case) -> Iterator[str]:
+    """Say which required files a case lacks, and where several match a pattern that names one."""
+    placeholders = [set(_regex(entry["pattern"]).groupindex) for entry in layout]
+    present = sorted({entry["key"] for entry, files in zip(layout, case.files, strict=True) if files})
+    for entry, names, files in zip(layout, placeholders, case.files, strict=True):
+        if not files and entry.get("required", True):
+            yield f"case {case.name}: {' and '.join(present)} without {entry['key']}, expected {entry['pattern']}"
+        # A placeholder that the first pattern does not have, such as {lesion}, announces several files.
+        if len(files) > 1 and names <= placeholders[0]:
+            yield f"case {case.name}: {len(files)} files match {entry['pattern']}, one belongs there"
 
 
 def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels: bool = True) -> list[str]:
@@ -89,25 +140,99 @@ def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels:
     return problems + list(_array_problems(expected.get("arrays", {}), root))
 
 
+def make_datalist(
+    manifest: Mapping[str, Any],
+    root: str | Path,
+    *,
+    seed: int = 0,
+    fractions: Sequence[float] | None = None,
+    split: str | None = None,
+) -> dict[str, Any]:
+    """Make a datalist of the cases below a folder; all cases of one patient fall into the same part.
+
+    Args:
+        manifest: what `load_manifest` returns.
+        root: the folder that the layout's patterns start from; paths in the datalist are relative to it.
+        seed: of the shuffle of the patients.
+        fractions: shares of the patients for training, validation and test; they sum to one.
+        split: instead of fractions, the name of one of the manifest's splits, which gives numbers of patients. Patients
+            beyond their sum are left out. Which patient falls where is drawn with the seed: most papers do not say.
+
+    Returns:
+        `training`, `validation` and `test` hold `{image, label, patient, ...}`; several channels are a list. MONAI's
+        `load_decathlon_datalist(..., base_dir=root)` reads it once it is written as JSON.
+
+    Raises:
+        FileNotFoundError: if `root` is not a folder.
+        ValueError: if cases are missing or incomplete, patients too few, or the arguments do not fit.
+    """
+    name, layout = manifest["name"], manifest["layout"]
+    if (fractions is None) == (split is None):
+        raise ValueError("fractions, split: expected one of the two, got both or none.")
+    if {"image", "label"} - {entry["key"] for entry in layout}:
+        raise ValueError(f"manifest: {name} has no images and labels to list, it is a {manifest['task']} set.")
+    cases = find_cases(layout, root)
+    if not cases:
+        raise ValueError(f"root: no case of {name} in {root}; expected files like {layout[0]['pattern']}.")
+    if faults := [fault for case in cases for fault in file_problems(layout, case)]:
+        raise ValueError(f"root: {len(faults)} files are missing or ambiguous (see check_dataset): {faults[0]}.")
+    patients = sorted({case.patient for case in cases})
+    sizes = _sizes_of_split(manifest, split) if fractions is None else _sizes_of_fractions(fractions, len(patients))
+    rest = len(patients) - sum(sizes)
+    if rest < 0:
+        raise ValueError(f"split: {split!r} needs {sum(sizes)} patients, here are {len(patients)}; give fractions.")
+    groups = partition_dataset(patients, ratios=[*sizes, rest], shuffle=True, seed=seed)
+    lists = {
+        part: [_entry(layout, case, Path(root)) for case in cases if case.patient in set(group)]
+        for part, group in zip(PARTS, groups, strict=False)  # the fourth group is the rest
+    }
+    return {
+        "name": name,
+        "description": manifest["title"],
+        "reference": manifest["homepage"],
+        "licence": manifest["licence"]["name"],
+        "modality": {str(i): modality for i, modality in enumerate(manifest["modality"])},
+        "labels": manifest["labels"],
+        "tensorImageSize": f"{manifest['dimensions']}D",
+        "division": {"seed": seed, "split": split, "fractions": None if fractions is None else list(fractions)},
+        **{f"num{part.capitalize()}": len(entries) for part, entries in lists.items()},
+        **lists,
+    }
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    seen: set[str] = set()
+
+    def piece(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name is None:
+            return {"**/": "(?:.*/)?", "*": "[^/]*"}.get(match[0], re.escape(match[0]))
+        again = name in seen
+        seen.add(name)
+        return f"(?P={name})" if again else f"(?P<{name}>[A-Za-z0-9-]+)"
+
+    return re.compile(re.sub(r"\{(?P<name>\w+)\}|\*\*/|\*|[^{*]+", piece, pattern))
+
+
 def _content_problems(manifest: Mapping[str, Any], case: Case, root: Path, read_labels: bool) -> Iterator[str]:
     """What is wrong inside the images and labels of a complete case."""
     named = None if manifest["labels"] is None else {int(value) for value in manifest["labels"]}
     reference: Geometry | None = None
-    for entry, files in zip(manifest["layout"], case.files, strict=True):
-        if entry["key"] not in ("image", "label"):
+    kinds = [entry["key"] for entry in manifest["layout"]]
+    for key, path in ((key, path) for key, paths in zip(kinds, case.files, strict=True) for path in paths):
+        if key not in ("image", "label"):
             continue
-        for path in files:
-            where = f"case {case.name}: {path.relative_to(root).as_posix()}"
-            if geometry := _geometry(path):
-                reference = reference or geometry
-                if not _agree(geometry, reference):
-                    yield f"{where} has shape and spacing {geometry}, the image {reference}"
-                if entry["key"] == "image":
-                    yield from _range_problems(where, manifest["checks"], *geometry)
-            if not read_labels or named is None or entry["key"] != "label":
-                continue
-            if strange := sorted(set(np.unique(_voxels(path)).tolist()) - named):
-                yield f"{where} has values {strange[:10]}, the manifest names {sorted(named)}"
+        where = f"case {case.name}: {path.relative_to(root).as_posix()}"
+        if geometry := _geometry(path):
+            reference = reference or geometry
+            if not _agree(geometry, reference):
+                yield f"{where} has shape and spacing {geometry}, the image {reference}"
+            if key == "image":
+                yield from _range_problems(where, manifest["checks"], geometry)
+        if key == "image" or not read_labels or named is None:
+            continue
+        if strange := sorted(set(np.unique(_voxels(path)).tolist()) - named):
+            yield f"{where} has values {strange[:10]}, the manifest names {sorted(named)}"
 
 
 def _agree(first: Geometry, second: Geometry) -> bool:
@@ -116,10 +241,8 @@ def _agree(first: Geometry, second: Geometry) -> bool:
     return bool(np.allclose(first[1], second[1], rtol=SPACING_TOLERANCE))
 
 
-def _range_problems(
-    where: str, checks: Mapping[str, Any], shape: tuple[int, ...], spacing_mm: tuple[float, ...] | None
-) -> Iterator[str]:
-    for what, values, slack in (("shape", shape, 0.0), ("spacing_mm", spacing_mm, SPACING_TOLERANCE)):
+def _range_problems(where: str, checks: Mapping[str, Any], geometry: Geometry) -> Iterator[str]:
+    for what, values, slack in zip(("shape", "spacing_mm"), geometry, (0.0, SPACING_TOLERANCE), strict=True):
         ranges = checks[what]
         if ranges is None or values is None:
             continue
@@ -166,46 +289,29 @@ def _voxels(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all is well, 1 if problems were found, 2 if it could not be run."""
-    parser = argparse.ArgumentParser(prog="python -m medconstraints.data.manifests", description=DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="compare a local copy with a manifest")
-    check.add_argument("--headers-only", action="store_true", help="do not read the voxels of the labels")
-    datalist = commands.add_parser("datalist", help="write a datalist, divided by patient")
-    datalist.add_argument("--output", type=Path, required=True)
-    datalist.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    datalist.add_argument("--seed", type=int, default=0)
-    how = datalist.add_mutually_exclusive_group(required=True)
-    how.add_argument("--fractions", type=float, nargs=3, metavar=("TRAINING", "VALIDATION", "TEST"))
-    how.add_argument("--split", help="a split of the manifest")
-    for command in (check, datalist):
-        command.add_argument("--manifest", type=Path, required=True)
-        command.add_argument(
-            "--root", type=Path, required=True, help="the folder that the layout's patterns start from"
-        )
-    options = parser.parse_args(arguments)
-    try:
-        return _run(options)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+def _sizes_of_split(manifest: Mapping[str, Any], split: str | None) -> list[int]:
+    known = {s["name"]: [s[part] or 0 for part in PARTS] for s in manifest["splits"]}
+    if split not in known:
+        raise ValueError(f"split: {manifest['name']} has {sorted(known) or 'none, give fractions'}, got {split!r}.")
+    return known[split]
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.command == "datalist" and options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"--output: {options.output} exists; choose another name or add --overwrite.")
-    manifest = load_manifest(options.manifest)
-    if options.command == "datalist":
-        lists = make_datalist(
-            manifest, options.root, seed=options.seed, fractions=options.fractions, split=options.split
-        )
-        options.output.write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
-        return 0
-    problems = check_dataset(manifest, options.root, read_labels=not options.headers_only)
-    sys.stdout.write("".join(f"{problem}\n" for problem in problems) or f"{manifest['name']}: as described\n")
-    return 1 if problems else 0
+def _sizes_of_fractions(fractions: Sequence[float], total: int) -> list[int]:
+    if len(fractions) != len(PARTS) or min(fractions) < 0 or not np.isclose(sum(fractions), 1):
+        raise ValueError(f"fractions: expected three shares that sum to one, for {PARTS}, got {list(fractions)}.")
+    edges = np.rint(np.cumsum([0.0, *fractions]) * total).astype(int)
+    sizes = [int(size) for size in np.diff(edges)]
+    if any(share > 0 and size == 0 for share, size in zip(fractions, sizes, strict=True)):
+        raise ValueError(f"fractions: {total} patients are too few for {list(fractions)}, which give {sizes}.")
+    return sizes
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _entry(layout: Sequence[Mapping[str, Any]], case: Case, root: Path) -> dict[str, Any]:
+    """One row: a path for a key with one file, a list in channel order for a key with several layout entries."""
+    paths: dict[str, list[tuple[int, str]]] = {}
+    for entry, files in zip(layout, case.files, strict=True):
+        listed = [(entry.get("channel", 0), path.relative_to(root).as_posix()) for path in files]
+        paths.setdefault(entry["key"], []).extend(listed)
+    several = {entry["key"] for entry in layout if entry.get("channel")} | {k for k, v in paths.items() if len(v) > 1}
+    row = {k: [p for _, p in sorted(v)] if k in several else v[0][1] for k, v in paths.items() if v}
+    return {**row, "patient": case.patient}

@@ -14,6 +14,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from medconstraints import checks
 from medconstraints.data.cohort import TransformSteps, in_order
 
 __all__ = ["SliceDataset", "VolumeBatchSampler"]
@@ -52,7 +53,7 @@ class SliceDataset(Dataset):
         volume_transform: transforms from an entry to a dictionary of volumes, see `in_order`; None for entries that
             hold them already.
         transform: transforms of a slice, run at every access; None for none.
-        slice_axis: spatial axis that is cut, 0 to 2, or -1 for the last.
+        slice_axis: spatial axis that is cut, 0 to 2.
         keys: keys of the volumes to be cut. An entry need not have all of them.
         drop: function of an item (before `transform`, and without `index`): slices for which it is true are left out,
             for instance `lambda item: not item["label"].any()`. Bounds of whole volumes then no longer fit.
@@ -80,15 +81,16 @@ class SliceDataset(Dataset):
         volume_transform: TransformSteps | None,
         transform: TransformSteps | None = None,
         *,
-        slice_axis: int = -1,
+        slice_axis: int = 2,
         keys: Sequence[str] = ("image", "label", "weak_label", "scribble"),
         drop: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        if not -3 <= slice_axis <= 2:
-            raise ValueError(f"slice_axis: expected a spatial axis 0..2, or -3..-1 from the end, got {slice_axis}.")
+        axis = checks.slice_axis(slice_axis)
+        if axis is None:
+            raise ValueError("slice_axis: expected the axis 0, 1 or 2 that is cut, got None.")
         if not len(data):
             raise ValueError("data: expected at least one entry, got none; check the section of the datalist.")
-        self.slice_axis = slice_axis % 3
+        self.slice_axis = axis
         self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
         self.num_volumes = len(data)
         self.slices_of_volume: list[range] = []
@@ -96,9 +98,11 @@ class SliceDataset(Dataset):
         self._rest: list[dict[str, Any]] = []
         positions: list[tuple[int, int]] = []
         large: set[str] = set()
-        cut_up = Compose(in_order(volume_transform))
+        prepare = Compose(in_order(volume_transform))
         for volume, entry in enumerate(data):
-            slices, rest = self._cut(cut_up(entry), volume, large)
+            slices, rest = self._cut(prepare(entry), volume)
+            large |= {str(key) for key, value in rest.items() if _is_large(value)}
+            rest = {key: value for key, value in rest.items() if not _is_large(value)}
             count = len(next(iter(slices.values())))
             kept = list(range(count))
             if drop is not None:
@@ -122,8 +126,8 @@ class SliceDataset(Dataset):
         # An array, not a list: `set_rnd` visits the elements of lists at the start of every epoch.
         super().__init__(np.array(positions), in_order(transform))
 
-    def _cut(self, entry: Any, volume: int, large: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Slices (N, C, H, W) under the keys of volumes, and what goes with every slice; adds to `large`."""
+    def _cut(self, entry: Any, volume: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Slices (N, C, H, W) under the keys of volumes, and what goes with every slice."""
         where = f"entry {volume} of data"
         if not isinstance(entry, Mapping):
             raise TypeError(
@@ -132,23 +136,11 @@ class SliceDataset(Dataset):
             )
         if taken := [key for key in OWN_KEYS if key in entry]:
             raise ValueError(f"{where}: the keys {list(OWN_KEYS)} belong to the slices, got {taken}; rename them.")
-        slices: dict[str, Tensor] = {}
-        rest: dict[str, Any] = {}
-        for key, value in entry.items():
-            is_array = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
-            if key in self.keys and not isinstance(value, str | PathLike):
-                if not is_array or value.ndim != 4:
-                    found = tuple(value.shape) if is_array else type(value).__name__
-                    raise ValueError(f"{where}: expected a volume (C, X, Y, Z) under {key!r}, got {found}.")
-                slices[key] = _plain(value).movedim(self.slice_axis + 1, 0).contiguous()
-            elif is_array and int(np.prod(value.shape)) > MAX_ELEMENTS:
-                large.add(str(key))
-            elif is_array:
-                rest[key] = _plain(value)
-            elif isinstance(value, str | int | float | np.number | np.bool_):  # bool is an int
-                rest[key] = value.item() if isinstance(value, np.generic) else value
-            elif isinstance(value, PathLike):
-                rest[key] = str(value)
+        slices = {
+            key: self._slices_of(value, f"{where}: expected a volume (C, X, Y, Z) under {key!r}")
+            for key, value in entry.items()
+            if key in self.keys and not isinstance(value, str | PathLike)
+        }
         shapes = {key: tuple(value.shape[:1] + value.shape[2:]) for key, value in slices.items()}
         if not shapes or 0 in next(iter(shapes.values())):
             raise ValueError(
@@ -160,7 +152,13 @@ class SliceDataset(Dataset):
                 f"{where}: expected volumes of one spatial shape, got {shapes} (slices, then the other axes); resample "
                 "or pad them alike in volume_transform."
             )
-        return slices, rest
+        rest = {key: _collated(value) for key, value in entry.items() if key not in slices}
+        return slices, {key: value for key, value in rest.items() if value is not None}
+
+    def _slices_of(self, value: Any, expected: str) -> Tensor:
+        if not _is_numeric(value) or value.ndim != 4:
+            raise ValueError(f"{expected}, got {tuple(value.shape) if _is_numeric(value) else type(value).__name__}.")
+        return _plain(value).movedim(self.slice_axis + 1, 0).contiguous()
 
     def _transform(self, index: int) -> Any:
         index = range(len(self))[index]  # negative ones count from the end
@@ -188,7 +186,7 @@ class VolumeBatchSampler(Sampler[list[int]]):
             does not.
 
     Raises:
-        TypeError: the data set has no `slices_of_volume`.
+        TypeError: the data set is no `SliceDataset`.
         ValueError: `max_slices` below 1, or a negative seed.
 
     Example:
@@ -201,16 +199,12 @@ class VolumeBatchSampler(Sampler[list[int]]):
     def __init__(
         self, dataset: SliceDataset, *, shuffle: bool = True, seed: int = 0, max_slices: int | None = None
     ) -> None:
-        if not hasattr(dataset, "slices_of_volume"):
+        if not isinstance(dataset, SliceDataset):
             raise TypeError(f"dataset: expected a SliceDataset, got {type(dataset).__name__}.")
-        if max_slices is not None and max_slices < 1:
-            raise ValueError(f"max_slices: expected None or at least 1, got {max_slices}.")
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}.")
         self.batches = [slices for slices in dataset.slices_of_volume if len(slices)]
-        self.shuffle = shuffle
-        self.seed = int(seed)
-        self.max_slices = max_slices
+        self.shuffle = checks.flag("shuffle", shuffle)
+        self.seed = checks.whole_number("seed", seed, 0)
+        self.max_slices = None if max_slices is None else checks.whole_number("max_slices", max_slices, 1)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -236,6 +230,25 @@ def _plain(value: Any) -> Tensor:
     """A tensor without MONAI's meta data; MONAI also copes with numpy's negative strides."""
     tensor: Tensor = convert_to_tensor(value, track_meta=False)
     return tensor
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > MAX_ELEMENTS
+
+
+def _collated(value: Any) -> Any:
+    """What a collate function can put together: plain tensors, numbers and strings; None for all else."""
+    if _is_numeric(value):
+        return _plain(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PathLike):
+        return str(value)
+    return value if isinstance(value, str | int | float) else None  # bool is an int
 
 
 def _item(slices: Mapping[str, Tensor], rest: Mapping[str, Any], row: int) -> dict[str, Any]:

@@ -1,17 +1,12 @@
 """Curves of a study: constraints satisfied, their stability and the Dice of each epoch, one panel for each run.
 
-`python -m medconstraints.reports.curves --run "Log-barrier=runs/a/validation.csv" --run "Penalty=runs/b/validation.csv"
---output curves.json --picture curves.png`
+The command is `curves`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -72,25 +67,19 @@ def draw_curves(curves: Mapping[str, Any], path: str | PathLike[str]) -> Path:
         curves: result of `read_curves`.
         path: picture to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     runs = curves["runs"]
     wide = min(3, len(runs))
     tall = -(-len(runs) // wide)
-    figure, axes = plt.subplots(
-        tall, wide, figsize=(3.6 * wide, 2.6 * tall), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3.6 * wide, 2.6 * tall), layout="constrained")
+    axes = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False)
     labels = {"satisfied": "satisfied", "stability": "stability", "val_mean_dice": "Dice"}
     for axis, (name, run) in zip(axes.flat, runs.items(), strict=False):
         for column, values in run.items():
-            if column != "epochs":
-                points = [
-                    (epoch, value) for epoch, value in zip(run["epochs"], values, strict=True) if value is not None
-                ]
-                axis.plot(*zip(*points, strict=True), label=labels.get(column, column)) if points else None
+            points = [(epoch, value) for epoch, value in zip(run["epochs"], values, strict=True) if value is not None]
+            if column != "epochs" and points:
+                axis.plot(*zip(*points, strict=True), label=labels.get(column, column))
         axis.set_title(name, fontsize=10)
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
@@ -102,35 +91,4 @@ def draw_curves(curves: Mapping[str, Any], path: str | PathLike[str]) -> Path:
     output = Path(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
     return output
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
-    parser = argparse.ArgumentParser(prog="python -m medconstraints.reports.curves", description=__doc__)
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=CSV", help="a run; may be repeated")
-    parser.add_argument("--last", type=int, default=10, help="epochs of the summary")
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--picture", help="PNG file to write")
-    options = parser.parse_args(arguments)
-    runs = dict(run.split("=", 1) for run in options.run if "=" in run)
-    if len(runs) < len(options.run):
-        parser.error("--run: expected NAME=CSV with different names.")
-    try:
-        content = read_curves(runs, last=options.last)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    content["date"] = time.strftime("%Y-%m-%d")
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.picture:
-        draw_curves(content, options.picture)
-    for name, row in content["summary"].items():
-        shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
-        sys.stdout.write(f"{name}: {shown}\n")
-
-
-if __name__ == "__main__":
-    main()

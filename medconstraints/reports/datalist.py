@@ -1,21 +1,22 @@
 """Find the images, references and saved predictions that a data list names."""
 
-import os
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
-from medconstraints.data.datalist_sections import load_datalist
+from medconstraints.data.datalist_sections import load_datalist, read_datalist
+from medconstraints.data.output_folders import NIFTI_ENDINGS
 
 __all__ = ["Entry", "find_predictions", "read_class_names", "read_section"]
-
-_EXTENSIONS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One volume of a data list: its name, the image path as listed, and both files on disk."""
+    """One volume of a data list: its name, the image path without the folder of the list, and both files on disk."""
 
     name: str
     listed: str
@@ -23,13 +24,8 @@ class Entry:
     label: Path
 
 
-def _stem(path: str) -> str:
-    # as MONAI's SaveImage names its files: `case.v1.nii.gz` -> `case.v1`
-    return Path(Path(path).name.removesuffix(".gz")).stem
-
-
 def read_section(
-    datalist: str | os.PathLike[str], section: str, *, base_dir: str | os.PathLike[str] | None = None
+    datalist: str | PathLike[str], section: str, *, base_dir: str | PathLike[str] | None = None
 ) -> list[Entry]:
     """Entries of one section of a Medical-Segmentation-Decathlon style list.
 
@@ -40,34 +36,29 @@ def read_section(
         FileNotFoundError: when there is no such list.
         ValueError: for an unknown or empty section, an entry without image or label, or two images of one name.
     """
-    path = Path(datalist)
-    content = load_datalist(path)
-    items = content.get(section)
-    if not isinstance(items, list) or not items:
-        lists = [key for key, value in content.items() if isinstance(value, list) and value]
-        raise ValueError(f"section: {path} has no entries under {section!r}; it has {lists}.")
-    base = path.parent if base_dir is None else Path(base_dir)
+    base = Path(datalist).parent if base_dir is None else Path(base_dir)
     entries = []
-    for index, item in enumerate(items):
-        image, label = (item.get("image"), item.get("label")) if isinstance(item, dict) else (item, None)
-        image = image[0] if isinstance(image, list) and image else image
-        if not isinstance(image, str) or not isinstance(label, str):
+    for number, item in enumerate(read_datalist(datalist, section, base_dir=base)):
+        image, label = item["image"], item.get("label")
+        if not isinstance(label, str):
             raise ValueError(
-                f"section: entry {index} of {section!r} in {path} is {item!r}; "
-                'expected {"image": path, "label": path}. Scores need a reference for each image.'
+                f"section: entry {number} of {section!r} in {datalist}: expected one path under 'label', got {label!r};"
+                " scores need a reference for each image."
             )
-        listed = Path(image).name if os.path.isabs(image) else image
-        entries.append(Entry(_stem(image), listed, base / image, base / label))
+        file = Path(image[0] if isinstance(image, list) else image)
+        listed = file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name
+        # as MONAI's SaveImage names its files: `case.v1.nii.gz` -> `case.v1`
+        entries.append(Entry(Path(file.name.removesuffix(".gz")).stem, listed, file, Path(label)))
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
         raise ValueError(
-            f"section: {section!r} in {path} has several images named {twice}; "
+            f"section: {section!r} in {datalist} has several images named {twice}; "
             "their predictions cannot be told apart. Give the files different names."
         )
     return entries
 
 
-def read_class_names(datalist: str | os.PathLike[str]) -> dict[int, str]:
+def read_class_names(datalist: str | PathLike[str]) -> dict[int, str]:
     """Class names from the list's `labels` object (`{"1": "anterior"}`), without background; empty when it has none."""
     labels = load_datalist(datalist).get("labels")
     if not isinstance(labels, dict):
@@ -76,7 +67,7 @@ def read_class_names(datalist: str | os.PathLike[str]) -> dict[int, str]:
 
 
 def find_predictions(
-    entries: Iterable[Entry], predictions_dir: str | os.PathLike[str], *, suffix: str = "_seg"
+    entries: Iterable[Entry], predictions_dir: str | PathLike[str], *, suffix: str = "_seg"
 ) -> dict[str, Path | None]:
     """The file `{name}{suffix}.nii.gz` (or `.nii`) anywhere below `predictions_dir` for each entry; None = missing.
 
@@ -89,15 +80,15 @@ def find_predictions(
         raise FileNotFoundError(f"predictions_dir: no folder {folder}.")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.endswith(_EXTENSIONS) and path.is_file():
+        if path.name.endswith(NIFTI_ENDINGS) and path.is_file():
             found.setdefault(path.name.removesuffix(".gz").removesuffix(".nii"), []).append(path)
     predictions: dict[str, Path | None] = {}
     for entry in entries:
         matches = found.get(entry.name + suffix, [])
         if len(matches) > 1:
+            names = [str(match.relative_to(folder)) for match in matches]
             raise ValueError(
-                f"predictions_dir: {len(matches)} files below {folder} fit {entry.name}: "
-                f"{[str(match.relative_to(folder)) for match in matches]}; keep one run per folder."
+                f"predictions_dir: {len(matches)} files below {folder} fit {entry.name}, {names}; keep one run each."
             )
         predictions[entry.name] = matches[0] if matches else None
     if predictions and not any(predictions.values()):

@@ -1,13 +1,12 @@
 """Score saved masks against their references: Dice, HD95 in millimetres and volumes, in the references' own geometry.
 
-`python -m medconstraints.reports.evaluation --datalist D --section test --predictions DIR
---structures '{"organ": [1]}' --output results.json`
+The command is `evaluation`.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import logging
-import math
 import os
 import re
 import statistics
@@ -21,6 +20,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance
 
 from medconstraints.reports.datalist import find_predictions, read_section
 from medconstraints.reports.volumes import Volume, read_labels, require_same_grid
@@ -30,6 +31,7 @@ __all__ = ["dice", "evaluate_predictions", "format_summary", "hd95_mm", "write_r
 
 logger = logging.getLogger(__name__)
 
+SETTINGS_FILE = "settings.json"  # what a run writes beside its masks
 _RESERVED = ("name", "image", "reason")
 # A path from the root, at the start of an argument or after a character that can precede one.
 _ABSOLUTE_PATH = re.compile(r"""(?<![^\s='"(\[,])(?:[A-Za-z]:[\\/]|/)[^\s='"()\[\],]*""")
@@ -62,9 +64,6 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[
     Returns:
         The distance, or None when a mask is empty and there is none.
     """
-    import torch
-    from monai.metrics import compute_hausdorff_distance
-
     if not prediction.any() or not reference.any():
         return None
     axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
@@ -83,68 +82,6 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[
             spacing=[float(edge) for edge in spacing_mm],
         )
     return float(distance)
-
-
-def _check_structures(structures: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    if not isinstance(structures, Mapping) or not structures:
-        raise ValueError(f'structures: expected names and label values such as {{"organ": [1]}}, got {structures!r}.')
-    for name, values in structures.items():
-        if not isinstance(name, str) or not name or name in _RESERVED:
-            raise ValueError(f"structures: {name!r} cannot name a structure; use text other than {_RESERVED}.")
-        if not isinstance(values, (list, tuple)) or not values or any(type(value) is not int for value in values):
-            raise ValueError(f"structures: {name!r} has {values!r}; expected a list of label values such as [1, 2].")
-    return {name: list(values) for name, values in structures.items()}
-
-
-def _score(prediction: Volume, reference: Volume, values: Sequence[int]) -> dict[str, float | None]:
-    predicted, expected = np.isin(prediction.data, values), np.isin(reference.data, values)
-    return {
-        "dice": dice(predicted, expected),
-        "hd95_mm": hd95_mm(predicted, expected, reference.spacing_mm.tolist()),
-        "volume_ml_prediction": int(predicted.sum()) * reference.voxel_ml,
-        "volume_ml_reference": int(expected.sum()) * reference.voxel_ml,
-    }
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
-
-
-def _summarise(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    dice_mean, dice_sd = _mean_sd([score["dice"] for score in scores if score["dice"] is not None])
-    distances = [score["hd95_mm"] for score in scores if score["hd95_mm"] is not None]
-    hd95_mean, hd95_sd = _mean_sd(distances)
-    return {
-        "dice_mean": dice_mean,
-        "dice_sd": dice_sd,
-        "hd95_mm_mean": hd95_mean,
-        "hd95_mm_sd": hd95_sd,
-        "hd95_undefined": len(scores) - len(distances),
-        "n": len(scores),
-    }
-
-
-def _without_absolute_paths(argument: str) -> str:
-    # Results are committed and shared; a home folder in them tells a name and helps nobody to run them again.
-    def shorten(text: str) -> str:
-        path = Path(text)
-        if path.is_relative_to(Path.cwd()):
-            return path.relative_to(Path.cwd()).as_posix()
-        return PureWindowsPath(text).name if text[1:2] == ":" else path.name
-
-    if os.path.isabs(argument):
-        return shorten(argument)
-    return _ABSOLUTE_PATH.sub(lambda match: shorten(match.group()), argument)
-
-
-def _provenance(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    return {
-        "command": [_without_absolute_paths(argument) for argument in command],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 2),
-        "versions": {"torch": version("torch"), "monai": version("monai"), "medconstraints": __version__},
-    }
 
 
 def evaluate_predictions(
@@ -176,8 +113,8 @@ def evaluate_predictions(
         `volume_ml_prediction`, `volume_ml_reference`; a volume without prediction has a `reason` instead. `summary`:
         for each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
         scored; sd is the sample standard deviation (ddof = 1), None below two values. `missing`: names of the volumes
-        not scored. `structures`: as given. `provenance`: the command without absolute paths, date (UTC), seconds,
-        versions.
+        not scored. `structures`: as given. `settings`: what the run that wrote the masks left beside them in
+        `settings.json`, or None. `provenance`: the command, date (UTC), seconds, versions. Neither has absolute paths.
 
     Raises:
         FileNotFoundError: when the list, the folder, a reference, or every prediction is missing.
@@ -189,7 +126,6 @@ def evaluate_predictions(
     entries = read_section(datalist, section, base_dir=base_dir)
     predictions = find_predictions(entries, predictions_dir, suffix=suffix)
     cases: list[dict[str, Any]] = []
-    scores: dict[str, list[dict[str, float | None]]] = {name: [] for name in checked}
     for entry in entries:
         row: dict[str, Any] = {"name": entry.name, "image": entry.listed}
         cases.append(row)
@@ -201,38 +137,38 @@ def evaluate_predictions(
         reference = read_labels(entry.label, f"label of {entry.name}")
         prediction = read_labels(path, f"prediction of {entry.name}")
         require_same_grid(prediction, reference)
-        for name, values in checked.items():
-            row[name] = _score(prediction, reference, values)
-            scores[name].append(row[name])
+        row |= {name: _score(prediction, reference, values) for name, values in checked.items()}
+    scores = {name: [row[name] for row in cases if name in row] for name in checked}
     for name, rows in scores.items():
         if all(score["volume_ml_reference"] == 0 for score in rows):
             logger.warning("%s: no reference has label values %s; check `structures`.", name, checked[name])
+    settings = Path(predictions_dir) / SETTINGS_FILE
     return {
         "cases": cases,
         "summary": {name: _summarise(rows) for name, rows in scores.items()},
         "missing": [row["name"] for row in cases if "reason" in row],
         "structures": checked,
-        "provenance": _provenance([Path(sys.executable).name, *sys.orig_argv[1:]], time.perf_counter() - start),
+        "settings": _shareable(json.loads(settings.read_text(encoding="utf-8"))) if settings.is_file() else None,
+        "provenance": {
+            "command": _shareable([Path(sys.executable).name, *sys.orig_argv[1:]]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - start, 2),
+            "versions": {"torch": version("torch"), "monai": version("monai"), "medconstraints": __version__},
+        },
     }
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def format_summary(results: Mapping[str, Any]) -> str:
     """The summary of `evaluate_predictions` as a small aligned text table, with the missing volumes below it."""
     rows = [["structure", "Dice", "sd", "HD95 mm", "sd", "undefined", "n"]]
     for name, row in results["summary"].items():
-        numbers = [_number(row["dice_mean"], 4), _number(row["dice_sd"], 4)]
-        numbers += [_number(row["hd95_mm_mean"], 2), _number(row["hd95_mm_sd"], 2)]
+        digits = {"dice_mean": 4, "dice_sd": 4, "hd95_mm_mean": 2, "hd95_mm_sd": 2}
+        numbers = ["-" if row[key] is None else f"{row[key]:.{places}f}" for key, places in digits.items()]
         rows.append([name, *numbers, str(row["hd95_undefined"]), str(row["n"])])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     lines += [f"{case['name']}: {case['reason']}" for case in results["cases"] if "reason" in case]
     return "\n".join(lines) + "\n"
@@ -246,50 +182,58 @@ def write_results(results: Mapping[str, Any], output: str | os.PathLike[str], *,
     """
     path = Path(output)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {path} exists; choose another name, or allow overwriting (--overwrite).")
+        raise FileExistsError(f"output: {path} exists; choose another name, or set overwrite.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: score a folder of predictions, write the JSON, show the summary."""
-    parser = argparse.ArgumentParser(
-        prog="python -m medconstraints.reports.evaluation", description="Score saved masks against their references."
-    )
-    parser.add_argument("--datalist", required=True, help="JSON list with {image, label} entries")
-    parser.add_argument("--section", required=True, help="key of the list, e.g. test")
-    parser.add_argument("--predictions", required=True, help="folder with the saved masks")
-    parser.add_argument("--structures", required=True, help='JSON, e.g. \'{"organ": [1], "both": [1, 2]}\'')
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--base-dir", help="folder the list's paths start from (default: the list's own)")
-    parser.add_argument("--suffix", default="_seg", help="what was appended to the image's name (default: _seg)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    options = parser.parse_args(arguments)
-    try:
-        structures = json.loads(options.structures)
-    except ValueError as error:
-        parser.error(f"--structures: {options.structures!r} is not valid JSON ({error}).")
-    if Path(options.output).exists() and not options.overwrite:
-        # before the work, not after it
-        parser.error(f"--output: {options.output} exists; choose another name or add --overwrite.")
-    try:
-        results = evaluate_predictions(
-            options.datalist,
-            options.section,
-            options.predictions,
-            structures=structures,
-            base_dir=options.base_dir,
-            suffix=options.suffix,
-        )
-        if arguments is not None:
-            command = ["python", "-m", "medconstraints.reports.evaluation", *arguments]
-            results["provenance"]["command"] = [_without_absolute_paths(argument) for argument in command]
-        write_results(results, options.output, overwrite=options.overwrite)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sys.stdout.write(format_summary(results))
+def _check_structures(structures: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    if not isinstance(structures, Mapping) or not structures:
+        raise ValueError(f'structures: expected names and label values such as {{"organ": [1]}}, got {structures!r}.')
+    for name, values in structures.items():
+        if not isinstance(name, str) or not name or name in _RESERVED:
+            raise ValueError(f"structures: {name!r} cannot name a structure; use text other than {_RESERVED}.")
+        if not isinstance(values, (list, tuple)) or not values or any(type(value) is not int for value in values):
+            raise ValueError(f"structures: {name!r} has {values!r}; expected a list of label values such as [1, 2].")
+    return {name: list(values) for name, values in structures.items()}
 
 
-if __name__ == "__main__":
-    main()
+def _score(prediction: Volume, reference: Volume, values: Sequence[int]) -> dict[str, float | None]:
+    predicted, expected = np.isin(prediction.data, values), np.isin(reference.data, values)
+    return {
+        "dice": dice(predicted, expected),
+        "hd95_mm": hd95_mm(predicted, expected, reference.spacing_mm.tolist()),
+        "volume_ml_prediction": int(predicted.sum()) * reference.voxel_ml,
+        "volume_ml_reference": int(expected.sum()) * reference.voxel_ml,
+    }
+
+
+def _summarise(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for key in ("dice", "hd95_mm"):
+        values = [value for score in scores if (value := score[key]) is not None]
+        summary[f"{key}_mean"] = statistics.fmean(values) if values else None
+        summary[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    undefined = sum(score["hd95_mm"] is None for score in scores)
+    return {**summary, "hd95_undefined": undefined, "n": len(scores)}
+
+
+def _shareable(value: Any) -> Any:
+    """The same without absolute paths: a home folder tells a name, and helps nobody to run a command again."""
+
+    def shorten(text: str) -> str:
+        path = Path(text)
+        if path.is_relative_to(Path.cwd()):
+            return path.relative_to(Path.cwd()).as_posix()
+        return PureWindowsPath(text).name if text[1:2] == ":" else path.name
+
+    if isinstance(value, dict):
+        return {key: _shareable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shareable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value):
+        return shorten(value)
+    return _ABSOLUTE_PATH.sub(lambda match: shorten(match.group()), value)

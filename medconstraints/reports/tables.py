@@ -1,64 +1,50 @@
 """Markdown tables made from results files, and put between markers of a document so that nobody types a number.
 
-`python -m medconstraints.reports.tables --markdown docs/results.md --name boxes --row "Boxes per slice=boxes.json"`
+The command is `tables`.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replace_table", "results_table", "update_markdown"]
+__all__ = ["markdown_table", "read_results", "replace_table", "results_table", "update_markdown"]
+
+DASH = "–"  # noqa: RUF001
 
 
-def _summary(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+def read_results(path: str | PathLike[str]) -> dict[str, Any]:
+    """What the command `evaluation` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no results.
+    """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"rows: no results file {file}; write it with medconstraints.reports.evaluation.")
+        raise FileNotFoundError(f"results: no file {file}; write it with `python -m medconstraints evaluation`.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return dict(content["summary"]), len(content["cases"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"rows: {file} is not a results file of medconstraints.reports.evaluation "
-            f"({type(error).__name__}: {error})."
-        ) from error
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"results: {file} is not valid JSON ({error}).") from error
+    absent = [key for key in ("cases", "summary") if not isinstance(results, dict) or key not in results]
+    if absent:
+        raise ValueError(f"results: {file} lacks {absent}; expected a file of `python -m medconstraints evaluation`.")
+    return dict(results)
 
 
-def _mean_sd(row: Mapping[str, Any], key: str, digits: int) -> str:
-    mean, sd = row[f"{key}_mean"], row[f"{key}_sd"]
-    if mean is None:
-        return "–"  # noqa: RUF001
-    return f"{mean:.{digits}f}" if sd is None else f"{mean:.{digits}f} ({sd:.{digits}f})"
-
-
-def _cells(row: Mapping[str, Any] | None) -> list[str]:
-    if row is None:
-        return ["–", "–"]  # noqa: RUF001
-    distance = _mean_sd(row, "hd95_mm", 2)
-    # A mean over fewer volumes than its neighbours is not comparable, so the cell itself says so.
-    return [
-        _mean_sd(row, "dice", 3),
-        f"{distance}, {row['hd95_undefined']} undefined" if row["hd95_undefined"] else distance,
-    ]
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
-
-
-def results_table(rows: Mapping[str, str | os.PathLike[str]]) -> str:
+def results_table(rows: Mapping[str, str | PathLike[str]]) -> str:
     """A Markdown table: one row per run, and for each structure Dice and HD95 as mean (sample sd) over the volumes.
 
     The second column counts the volumes, as `19 of 20` where predictions were missing. Structures stand in the order in
     which the files name them; a run that did not score one has a dash.
 
     Args:
-        rows: label of the row -> JSON file written by `medconstraints.reports.evaluation`.
+        rows: label of the row -> JSON file of the command `evaluation`.
 
     Raises:
         FileNotFoundError: for a missing file.
@@ -66,17 +52,22 @@ def results_table(rows: Mapping[str, str | os.PathLike[str]]) -> str:
     """
     if not rows:
         raise ValueError("rows: expected at least one label and results file, got none.")
-    runs = {label: _summary(path) for label, path in rows.items()}
-    structures = list(dict.fromkeys(name for summary, _ in runs.values() for name in summary))
-    table = [["Run", "Volumes"]]
-    for name in structures:
-        table[0] += [f"{_escape(name)}: Dice", f"{_escape(name)}: HD95 (mm)"]
-    table.append(["---"] + ["---:"] * (len(table[0]) - 1))
-    for label, (summary, total) in runs.items():
-        scored = max((row["n"] for row in summary.values()), default=0)
-        cells = [cell for name in structures for cell in _cells(summary.get(name))]
-        table.append([_escape(label), str(total) if scored == total else f"{scored} of {total}", *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    runs = {label: read_results(path) for label, path in rows.items()}
+    structures = list(dict.fromkeys(name for run in runs.values() for name in run["summary"]))
+    header = ["Run", "Volumes", *(f"{name}: {score}" for name in structures for score in ("Dice", "HD95 (mm)"))]
+    body = []
+    for label, run in runs.items():
+        scored, total = max((row["n"] for row in run["summary"].values()), default=0), len(run["cases"])
+        cells = [cell for name in structures for cell in _cells(run["summary"].get(name))]
+        body.append([label, str(total) if scored == total else f"{scored} of {total}", *cells])
+    return markdown_table(header, body, align="---:")
+
+
+def markdown_table(header: list[str], rows: list[list[str]], *, align: str = "---") -> str:
+    """A Markdown table; `align` is that of all columns but the first."""
+    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [header, *rows]]
+    escaped.insert(1, ["---", *[align] * (len(header) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def replace_table(markdown: str, name: str, text: str) -> str:
@@ -104,7 +95,7 @@ def replace_table(markdown: str, name: str, text: str) -> str:
     return f"{head}{opening}\n\n{text.strip()}\n\n{closing}{tail}"
 
 
-def update_markdown(path: str | os.PathLike[str], name: str, text: str, *, check: bool = False) -> bool:
+def update_markdown(path: str | PathLike[str], name: str, text: str, *, check: bool = False) -> bool:
     """Replace the table `name` in a Markdown file; True when the file changes. `check` only tells, and writes nothing.
 
     Line ends stay as they are in the file.
@@ -125,34 +116,17 @@ def update_markdown(path: str | os.PathLike[str], name: str, text: str, *, check
     return after != before
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: write a table of results into a Markdown file, or check that it is up to date."""
-    parser = argparse.ArgumentParser(
-        prog="python -m medconstraints.reports.tables", description="Put a table of results into a Markdown file."
-    )
-    parser.add_argument(
-        "--markdown", required=True, help="file with the markers <!-- table:NAME --> <!-- /table:NAME -->"
-    )
-    parser.add_argument("--name", required=True, help="NAME of the markers")
-    parser.add_argument("--row", action="append", required=True, metavar="LABEL=PATH", help="one run; repeat for more")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file would change")
-    options = parser.parse_args(arguments)
-    rows: dict[str, str] = {}
-    for row in options.row:
-        # the last "=": labels such as "w=3" are likelier than such file names
-        label, separator, path = row.rpartition("=")
-        if not separator or not label or not path or label in rows:
-            parser.error(f"--row: expected LABEL=PATH with a new label, got {row!r}.")
-        rows[label] = path
-    try:
-        changed = update_markdown(options.markdown, options.name, results_table(rows), check=options.check)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    state = ("would change" if options.check else "updated") if changed else "up to date"
-    sys.stdout.write(f"{options.markdown}: table {options.name} {state}\n")
-    if changed and options.check:
-        raise SystemExit(1)
+def _cells(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return [DASH, DASH]
+    distance = _mean_sd(row, "hd95_mm", 2)
+    # A mean over fewer volumes than its neighbours is not comparable, so the cell itself says so.
+    undefined = f", {row['hd95_undefined']} undefined" if row["hd95_undefined"] else ""
+    return [_mean_sd(row, "dice", 3), distance + undefined]
 
 
-if __name__ == "__main__":
-    main()
+def _mean_sd(row: Mapping[str, Any], key: str, digits: int) -> str:
+    mean, sd = row[f"{key}_mean"], row[f"{key}_sd"]
+    if mean is None:
+        return DASH
+    return f"{mean:.{digits}f}" if sd is None else f"{mean:.{digits}f} ({sd:.{digits}f})"

@@ -1,21 +1,22 @@
 """Synthetic 3D cohorts as NIfTI files: the embedded data set of the demo, the tests and the studies.
 
 A phantom is a body in air with one labelled organ, a brighter distractor organ (label 0), texture, bias field and
-noise; no patient is behind it. ``python -m medconstraints.synthetic.phantoms --output DIR`` writes a cohort.
+noise; no patient is behind it. The command is `phantoms`.
 """
 
-import argparse
-import gzip
-import json
-import sys
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel import Nifti1Image, orientations
+from nibabel import orientations
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+
+from medconstraints import checks
+from medconstraints.synthetic.cohort import Made, require, write_cohort
 
 __all__ = ["make_cohort", "make_phantom"]
 
@@ -60,19 +61,8 @@ def make_phantom(
         >>> [array.shape for array in make_phantom(0, shape=(32, 32, 24), orientation="PSR")]
         [(32, 24, 32), (32, 24, 32), (4, 4)]
     """
-    good: Any = isinstance(seed_or_rng, np.random.Generator) or seed_or_rng >= 0
-    _require(good, "seed_or_rng", "a numpy Generator or an integer of at least 0", seed_or_rng, "pass one of these")
-    sizes, spacings = np.asarray(shape), np.asarray(spacing_mm)
-    good = sizes.shape == (3,) and sizes.dtype.kind in "iu" and sizes.min() >= 16
-    _require(good, "shape", "three integers of at least 16", shape, "give the voxels along R, A and S")
-    good = spacings.shape == (3,) and np.all((spacings > 0) & np.isfinite(spacings))
-    _require(good, "spacing_mm", "three positive numbers", spacing_mm, "give mm along R, A and S")
-    _require(num_classes in LABELS, "num_classes", "1 or 2", num_classes, "2 splits the organ in two parts")
-    _require(filling is None or 0.12 <= filling <= 0.85, "filling", "None or from 0.12 to 0.85", filling, "try None")
-    _require(0 <= noise < np.inf, "noise", "a finite number of at least 0", noise, "0 means none")
-    _require(0 <= oblique_degrees <= 30, "oblique_degrees", "from 0 to 30", oblique_degrees, "0 aligns the axes")
-    good = sorted("RLAPSI".find(code) // 2 for code in orientation) == [0, 1, 2]
-    _require(good, "orientation", "one each of R/L, A/P and S/I", orientation, 'pass codes such as "LPS"')
+    _check(seed_or_rng, shape, num_classes, filling, noise, oblique_degrees, orientation)
+    sizes, spacings = np.asarray(shape), np.array(checks.spacing(spacing_mm, 3))
     rng = np.random.default_rng(seed_or_rng)
     # Normalised coordinates: the volume is the cube [-1, 1]^3. Of the organ, |centre| + half width + bend stay below
     # 0.88, inside the body and off the border. It lies on one side of the patient, the distractor on the other.
@@ -89,16 +79,7 @@ def make_phantom(
         along = np.copysign(1, long_axis[1]) * long_axis @ inside_mm  # rises towards anterior
         label[organ] = np.where(along < np.quantile(along, rng.uniform(0.45, 0.55)), 2, 1)
 
-    body = (np.abs(points + bend) ** 4).sum(0) < 0.95**4
-    image = np.where(body, BODY + 80 * _smooth_field(rng, shape, 12), AIR)
-    other_widths = rng.uniform([0.16, 0.2, 0.2], [0.22, 0.35, 0.35])
-    other_centre = np.array([-0.62 * side, *rng.uniform(-0.25, 0.25, 2)], np.float32).reshape(3, 1, 1, 1)
-    if distractor:
-        image[_superellipsoid(points + bend - other_centre, other_widths, 0.0, np.zeros(3))] = DISTRACTOR
-    image = ndimage.gaussian_filter(np.choose(label, [image, *ORGAN]), 0.5)  # partial volume: borders are not sharp
-    image *= rng.uniform(0.85, 1.15) * np.exp(0.25 * _smooth_field(rng, shape, 3))  # gain of the scan, bias field
-    image += noise * (ORGAN[0] - BODY) * rng.standard_normal(shape)
-    image = np.rint(np.clip(image, 0, np.iinfo(np.int16).max)).astype(np.int16)
+    image = _intensities(rng, points + bend, label, side, noise, distractor)
     affine = np.eye(4)
     axis, degrees = rng.standard_normal(3), oblique_degrees * rng.uniform(0.5, 1)
     affine[:3, :3] = Rotation.from_rotvec(degrees * axis / np.linalg.norm(axis), degrees=True).as_matrix() * spacings
@@ -124,61 +105,90 @@ def make_cohort(
     oblique_degrees: float = 12.0,
     distractor: bool = True,
 ) -> Path:
-    """Write phantoms and a ``datalist.json`` in the style of the Medical Segmentation Decathlon.
+    """Write phantoms and a ``datalist.json``, see :func:`~medconstraints.synthetic.cohort.write_cohort`.
 
-    ``num_training`` (at least 1), ``num_validation`` and ``num_test`` volumes, all with labels, are numbered in this
-    order: ``imagesTr/phantom_000.nii.gz`` (int16) and ``labelsTr/phantom_000.nii.gz`` (uint8) in ``output_dir``, made
-    if needed. Volume i depends on ``seed`` (at least 0), i and the options, never on the counts; its spacings differ
-    by up to 5 % from ``spacing_mm``, axis codes cycle through RAS, LPS, RAS, LAS, PSR. The datalist, with relative
-    paths and the parameters, is written last. ``overwrite`` replaces the datalist and all ``phantom_*.nii.gz`` there.
-    The other options are those of :func:`make_phantom`.
+    The files, ``imagesTr/phantom_000.nii.gz`` (int16), ``labelsTr/phantom_000.nii.gz`` (uint8) and so on, have spacings
+    that differ by up to 5 % from ``spacing_mm``; their axis codes cycle through RAS, LPS, RAS, LAS, PSR.
+
+    Args:
+        output_dir: folder of the cohort, made if needed.
+        num_training: volumes to train on, at least 1; numbered first.
+        num_validation: volumes to validate, with labels too.
+        num_test: volumes to test, with labels too.
+        seed: of the cohort.
+        overwrite: replace the datalist and all ``phantom_*.nii.gz`` there.
+        shape: see `make_phantom`, as are the others.
+        spacing_mm: distance of voxel centres along R, A and S.
+        num_classes: 1, or 2 for an organ in two parts.
+        filling: share of its bounding box that the organ fills; None for ellipsoids.
+        noise: standard deviation, as a share of the contrast.
+        oblique_degrees: largest rotation of the voxel axes.
+        distractor: whether the second, brighter organ is there.
 
     Returns:
-        Path of the datalist, for ``monai.data.load_decathlon_datalist(path, True, "training")``.
+        Path of the datalist.
 
     Raises:
-        FileExistsError: if ``output_dir`` holds a ``datalist.json`` already and ``overwrite`` is False.
-        ValueError: for an argument out of its range.
+        FileExistsError: ``output_dir`` holds a ``datalist.json`` already and ``overwrite`` is False.
+        ValueError: an argument is out of its range.
     """
-    _require(num_training >= 1, "num_training", "an integer of at least 1", num_training, "ask for some")
-    for name, count in {"num_validation": num_validation, "num_test": num_test, "seed": seed}.items():
-        _require(count >= 0, name, "an integer of at least 0", count, "pass 0 or more")
-    folder, datalist_path = Path(output_dir), Path(output_dir, "datalist.json")
-    if datalist_path.exists() and not overwrite:
-        raise FileExistsError(f"output_dir {folder} holds a datalist.json; name another one, or pass overwrite=True")
-    options: dict[str, Any] = {"shape": shape, "spacing_mm": spacing_mm, "num_classes": num_classes}
+    options: dict[str, Any] = {"shape": shape, "spacing_mm": [*map(float, spacing_mm)], "num_classes": num_classes}
     options |= {"filling": filling, "noise": noise, "oblique_degrees": oblique_degrees, "distractor": distractor}
-    cases: list[dict[str, str]] = []
-    for index in range(num_training + num_validation + num_test):
-        rng = np.random.default_rng([seed, index])
-        # Made, and its options checked, before anything is replaced; no datalist stands while its volumes change.
-        image, label, affine = make_phantom(rng, orientation=ORIENTATIONS[index % 5], **options)
+
+    def make(index: int, rng: np.random.Generator) -> Made:
+        image, label, affine = make_phantom(rng, orientation=ORIENTATIONS[index % len(ORIENTATIONS)], **options)
         affine[:3, :3] *= rng.uniform(0.95, 1.05, 3)
-        datalist_path.unlink(missing_ok=True)
-        cases.append({kind: f"{kind}sTr/phantom_{index:03d}.nii.gz" for kind in ("image", "label")})
-        for kind, array in (("image", image), ("label", label)):
-            volume = Nifti1Image(array, affine)
-            volume.set_sform(affine, code="scanner")
-            volume.set_qform(affine, code="scanner")
-            volume.header.set_xyzt_units("mm")
-            path = folder / cases[-1][kind]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress(volume.to_bytes(), 6, mtime=0))  # no time: the same bytes every run
-    written = {folder / path for case in cases for path in case.values()}
-    for stale in set(folder.glob("*sTr/phantom_*.nii.gz")) - written:
-        stale.unlink()
-    datalist = {
+        return image, label, affine
+
+    about = {
         "name": "phantoms",
         "description": "Synthetic volumes with one organ and a distractor, made by medconstraints.synthetic.phantoms",
-        "labels": {str(value): name for value, name in enumerate(LABELS[num_classes])},
-        "licence": "CC0-1.0",
-        "parameters": options | {"seed": seed, "shape": [*map(int, shape)], "spacing_mm": [*map(float, spacing_mm)]},
-        "training": cases[:num_training],
-        "validation": cases[num_training : num_training + num_validation],
-        "test": cases[num_training + num_validation :],
+        "labels": {str(value): name for value, name in enumerate(LABELS.get(num_classes, ()))},
+        "parameters": options | {"shape": np.asarray(shape).tolist(), "seed": seed},
     }
-    datalist_path.write_text(json.dumps(datalist, indent=2, default=float) + "\n", encoding="utf-8")
-    return datalist_path
+    counts = {"training": num_training, "validation": num_validation, "test": num_test}
+    return write_cohort(
+        output_dir, make, about, file_name="phantom_{:03d}.nii.gz", counts=counts, seed=seed, overwrite=overwrite
+    )
+
+
+def _check(
+    seed_or_rng: int | np.random.Generator,
+    shape: Sequence[int],
+    num_classes: int,
+    filling: float | None,
+    noise: float,
+    oblique_degrees: float,
+    orientation: str,
+) -> None:
+    good: Any = isinstance(seed_or_rng, np.random.Generator) or seed_or_rng >= 0
+    require(good, "seed_or_rng", "a numpy Generator or an integer >= 0", seed_or_rng)
+    sizes = np.asarray(shape)
+    good = sizes.shape == (3,) and sizes.dtype.kind in "iu" and sizes.min() >= 16
+    require(good, "shape", "three integers of at least 16, the voxels along R, A and S", shape)
+    require(num_classes in LABELS, "num_classes", "1, or 2 for an organ in two parts", num_classes)
+    require(filling is None or 0.12 <= filling <= 0.85, "filling", "None or from 0.12 to 0.85", filling)
+    checks.number("noise", noise, least=0)
+    require(0 <= oblique_degrees <= 30, "oblique_degrees", "from 0 to 30", oblique_degrees)
+    good = sorted("RLAPSI".find(code) // 2 for code in orientation) == [0, 1, 2]
+    require(good, "orientation", 'one each of R/L, A/P and S/I, such as "LPS"', orientation)
+
+
+def _intensities(
+    rng: np.random.Generator, points: np.ndarray, label: np.ndarray, side: float, noise: float, distractor: bool
+) -> np.ndarray:
+    """Image (int16) of a label: body in air, organ, distractor on the other side, bias field, noise."""
+    shape = label.shape
+    body = (np.abs(points) ** 4).sum(0) < 0.95**4
+    image = np.where(body, BODY + 80 * _smooth_field(rng, shape, 12), AIR)
+    widths = rng.uniform([0.16, 0.2, 0.2], [0.22, 0.35, 0.35])
+    centre = np.array([-0.62 * side, *rng.uniform(-0.25, 0.25, 2)], np.float32).reshape(3, 1, 1, 1)
+    if distractor:
+        image[_superellipsoid(points - centre, widths, 0.0, np.zeros(3))] = DISTRACTOR
+    image = ndimage.gaussian_filter(np.choose(label, [image, *ORGAN]), 0.5)  # partial volume: borders are not sharp
+    image *= rng.uniform(0.85, 1.15) * np.exp(0.25 * _smooth_field(rng, shape, 3))  # gain of the scan, bias field
+    image += noise * (ORGAN[0] - BODY) * rng.standard_normal(shape)
+    return np.rint(np.clip(image, 0, np.iinfo(np.int16).max)).astype(np.int16)
 
 
 def _organ(rng: np.random.Generator, points: np.ndarray, bend: np.ndarray, filling: float | None) -> np.ndarray:
@@ -197,7 +207,7 @@ def _organ(rng: np.random.Generator, points: np.ndarray, bend: np.ndarray, filli
             share = organ.sum() / organ[ndimage.find_objects(organ.view(np.uint8))[0]].size if count else 0.0
             best_gap, best = min((best_gap, best), (abs(share - target), organ), key=lambda pair: pair[0])
             low, high = (middle, high) if share < target else (low, middle)
-    _require(best_gap < 0.03, "filling", "reachable with voxels this coarse", filling, "enlarge shape")
+    require(best_gap < 0.03, "filling", "a share that voxels this coarse can show (enlarge shape)", filling)
     return best
 
 
@@ -221,32 +231,3 @@ def _smooth_field(rng: np.random.Generator, shape: Sequence[int], order: int) ->
         basis = np.cos(np.pi * np.outer(np.arange(order), np.arange(n) + 0.5) / n)
         field = np.tensordot(field, basis, axes=(0, 0))
     return (field / np.abs(field).max()).astype(np.float32)
-
-
-def _require(condition: Any, name: str, expected: str, value: object, advice: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, but is {value!r}; {advice}.")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a cohort as the command line asks; wrong values end with a message and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m medconstraints.synthetic.phantoms", argument_default=argparse.SUPPRESS
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", dest="output_dir")
-    for name in ("num-training", "num-validation", "num-test", "seed", "num-classes"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("filling", "noise", "oblique-degrees"):
-        parser.add_argument(f"--{name}", type=float)
-    parser.add_argument("--shape", type=int, nargs=3)
-    parser.add_argument("--spacing-mm", type=float, nargs=3)
-    parser.add_argument("--no-distractor", action="store_false", dest="distractor")
-    parser.add_argument("--overwrite", action="store_true")
-    try:
-        sys.stdout.write(f"{make_cohort(**vars(parser.parse_args(arguments)))}\n")
-    except (FileExistsError, ValueError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,9 +11,9 @@ import SimpleITK as sitk
 from monai.data import load_decathlon_datalist
 from PIL import Image
 
+from medconstraints.__main__ import main
 from medconstraints.data import check_dataset, load_manifest, make_datalist
-from medconstraints.data.layouts import file_problems, find_cases
-from medconstraints.data.manifests import main
+from medconstraints.data.manifests import file_problems, find_cases
 
 FOLDER = Path(__file__).resolve().parents[2] / "data_manifests"
 MANIFESTS = sorted(path for path in FOLDER.glob("*.json") if path.name != "schema.json")
@@ -68,53 +65,40 @@ def test_every_manifest_is_valid(path):
     assert loaded["name"] == path.stem
     ranges = [loaded["checks"][key] for key in ("shape", "spacing_mm") if loaded["checks"][key] is not None]
     assert all(len(r) == loaded["dimensions"] and all(low <= high for low, high in r) for r in ranges)
-
-
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_layouts_are_consistent(path):
-    loaded = load_manifest(path)
     images = [entry for entry in loaded["layout"] if entry["key"] == "image"]
+    assert [entry.get("channel", 0) for entry in images] == list(range(len(images)))
     if loaded["task"] == "segmentation":
         assert loaded["layout"][0]["key"] == "image", "the first pattern identifies a case"
         assert len(images) == len(loaded["modality"]) or loaded["modality"][0].startswith("RGB")
-    assert [entry.get("channel", 0) for entry in images] == list(range(len(images)))
-
-
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_splits_fit_into_the_set(path):
-    loaded = load_manifest(path)
     for split in loaded["splits"]:
         total = split["training"] + (split["validation"] or 0) + (split["test"] or 0)
-        sizes = [loaded["checks"]["patients"]] if split["unit"] == "patient" else [loaded["checks"]["cases"]]
-        assert all(size is None or total <= size for size in sizes), split["name"]
+        size = loaded["checks"]["patients" if split["unit"] == "patient" else "cases"]
+        assert size is None or total <= size, split["name"]
+    licence = loaded["licence"]
+    if licence["weights_may_be_shipped"]:
+        assert licence["commercial_use"] is True and licence["name"]
 
 
-def test_weights_are_only_shipped_where_commercial_use_is_free():
-    for path in MANIFESTS:
-        licence = load_manifest(path)["licence"]
-        if licence["weights_may_be_shipped"]:
-            assert licence["commercial_use"] is True, path.stem
-            assert licence["name"], path.stem
-
-
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
-        (lambda m: m.pop("licence"), "'licence' is a required property"),
-        (lambda m: m.update(dimensions=4), "dimensions: 4 is not one of"),
-        (lambda m: m["licence"].update(commercial_use="maybe"), "licence.commercial_use: 'maybe' is not one of"),
-        (lambda m: m["layout"][0].pop("pattern"), "layout.0: 'pattern' is a required property"),
-        (lambda m: m.update(licens={}), "'licens' was unexpected"),
-        (lambda m: m["labels"].update(one="x"), "labels: 'one' does not match"),
-    ],
-)
-def test_a_broken_manifest_is_refused(tmp_path, change, where):
+def test_a_broken_manifest_is_refused_with_every_fault(tmp_path):
     broken = json.loads((FOLDER / "hippocampus.json").read_text())
-    change(broken)
+    broken.pop("citation")
+    broken.update(dimensions=4, licens={})
+    broken["licence"].update(commercial_use="maybe")
+    broken["layout"][0].pop("pattern")
+    broken["labels"].update(one="x")
     (tmp_path / "schema.json").write_text((FOLDER / "schema.json").read_text())
     (tmp_path / "broken.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=where):
+    with pytest.raises(ValueError, match=r"broken\.json is no valid manifest") as error:
         load_manifest(tmp_path / "broken.json")
+    for fault in (
+        "'citation' is a required property",
+        "dimensions: 4 is not one of",
+        "licence.commercial_use: 'maybe' is not one of",
+        "layout.0: 'pattern' is a required property",
+        "'licens' was unexpected",
+        "labels: 'one' does not match",
+    ):
+        assert fault in str(error.value)
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------
@@ -143,22 +127,21 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_and_its_label_make_one_case(tmp_path, name):
-    for file in NAMES[name]:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    layout = load_manifest(FOLDER / f"{name}.json")["layout"]
-    (case,) = find_cases(layout, tmp_path)
-    matched = {}
-    for entry, files in zip(layout, case.files, strict=True):
-        matched.update({file.relative_to(tmp_path).as_posix(): entry["key"] for file in files})
-    assert matched == {NAMES[name][0]: "image", NAMES[name][1]: "label"}
+def test_an_image_and_its_label_make_one_case(tmp_path):
+    for name, (image, label) in NAMES.items():
+        for file in (image, label):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        layout = load_manifest(FOLDER / f"{name}.json")["layout"]
+        (case,) = find_cases(layout, tmp_path / name)
+        matched = {}
+        for entry, files in zip(layout, case.files, strict=True):
+            matched.update({file.relative_to(tmp_path / name).as_posix(): entry["key"] for file in files})
+        assert matched == {image: "image", label: "label"}, name
 
 
-@pytest.mark.parametrize(
-    ("pattern", "name", "matches"),
-    [
+def test_patterns(tmp_path):
+    cases = [
         ("a/{case}.nii", "a/12.nii", True),
         ("a/{case}.nii", "a/1_2.nii", False),
         ("a/{case}.nii", "a/b/12.nii", False),
@@ -169,12 +152,12 @@ def test_an_image_and_its_label_make_one_case(tmp_path, name):
         ("**/{p}.nii", "a/b/7.nii", True),
         ("{p}*.nii", "7_t1.nii", True),
         ("{p}/*.nii", "7/8/9.nii", False),
-    ],
-)
-def test_patterns(tmp_path, pattern, name, matches):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).touch()
-    assert bool(find_cases([{"key": "image", "pattern": pattern}], tmp_path)) == matches
+    ]
+    for number, (pattern, name, matches) in enumerate(cases):
+        (tmp_path / str(number) / name).parent.mkdir(parents=True)
+        (tmp_path / str(number) / name).touch()
+        found = find_cases([{"key": "image", "pattern": pattern}], tmp_path / str(number))
+        assert bool(found) == matches, (pattern, name)
 
 
 def test_a_further_placeholder_allows_several_files(tmp_path):
@@ -205,17 +188,14 @@ def test_a_complete_copy_has_no_problems(manifest, copy_of_set):
     assert check_dataset(manifest, copy_of_set) == []
 
 
-def test_a_missing_label_is_found(manifest, copy_of_set):
+def test_missing_files_are_found(manifest, copy_of_set):
     (copy_of_set / "labelsTr/hippocampus_002.nii.gz").unlink()
     assert check_dataset(manifest, copy_of_set) == [
         "case 002: image without label, expected labelsTr/hippocampus_{case}.nii.gz",
         f"expected {NUM_CASES} cases, found {NUM_CASES - 1} with all their files",
     ]
-
-
-def test_a_missing_image_is_found(manifest, copy_of_set):
-    (copy_of_set / "imagesTr/hippocampus_002.nii.gz").unlink()
-    assert check_dataset(manifest, copy_of_set)[0].startswith("case 002: label without image")
+    (copy_of_set / "imagesTr/hippocampus_003.nii.gz").unlink()
+    assert check_dataset(manifest, copy_of_set)[1].startswith("case 003: label without image")
 
 
 def test_a_label_value_without_name_is_found(manifest, copy_of_set):
@@ -233,16 +213,12 @@ def test_labels_between_the_values_are_found_and_float_labels_are_fine(manifest,
     assert "has values [0.5]" in check_dataset(manifest, copy_of_set)[0]
 
 
-def test_a_label_of_another_shape_is_found(manifest, copy_of_set):
+def test_labels_of_another_shape_or_spacing_are_found(manifest, copy_of_set):
     write_volume(copy_of_set / "labelsTr/hippocampus_001.nii.gz", np.zeros((6, 7, 4), np.uint8))
-    (problem,) = check_dataset(manifest, copy_of_set)
-    assert problem.startswith("case 001: labelsTr/hippocampus_001.nii.gz has shape and spacing ((6, 7, 4)")
-
-
-def test_a_label_of_another_spacing_is_found(manifest, copy_of_set):
-    write_volume(copy_of_set / "labelsTr/hippocampus_001.nii.gz", np.zeros((6, 7, 5), np.uint8), (1, 1, 2))
-    (problem,) = check_dataset(manifest, copy_of_set)
-    assert "(1.0, 1.0, 2.0)" in problem
+    write_volume(copy_of_set / "labelsTr/hippocampus_003.nii.gz", np.zeros((6, 7, 5), np.uint8), (1, 1, 2))
+    shape, spacing = check_dataset(manifest, copy_of_set)
+    assert shape.startswith("case 001: labelsTr/hippocampus_001.nii.gz has shape and spacing ((6, 7, 4)")
+    assert "(1.0, 1.0, 2.0)" in spacing
 
 
 def test_spacing_and_shape_ranges(manifest, copy_of_set):
@@ -275,11 +251,11 @@ def test_two_files_for_one_place_are_found(tmp_path):
 
 def test_an_empty_and_an_absent_folder(manifest, tmp_path):
     assert check_dataset(manifest, tmp_path)[0].startswith("no case found, expected files like imagesTr/")
-    with pytest.raises(FileNotFoundError, match="`root` must be the folder of the data set"):
+    with pytest.raises(FileNotFoundError, match="root: expected the folder of the data set"):
         check_dataset(manifest, tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("mode", "high"), [("1", 1), ("L", 255), ("RGB", (255, 255, 255))])
+@pytest.mark.parametrize(("mode", "high"), [("1", 1), ("RGB", (255, 255, 255))])
 def test_picture_masks_of_every_mode(tmp_path, mode, high):
     plan_2d = plan(layout=load_manifest(FOLDER / "ph2.json")["layout"], labels={"0": "background", "255": "lesion"})
     for file in NAMES["ph2"]:
@@ -336,10 +312,9 @@ def patients_of(datalist, part):
     return {entry["patient"] for entry in datalist[part]}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_frames_of_a_patient_stay_together(tmp_path, seed):
+def test_frames_of_a_patient_stay_together(tmp_path):
     frames(tmp_path, 10)
-    lists = make_datalist(load_manifest(FOLDER / "acdc.json"), tmp_path, seed=seed, fractions=(0.6, 0.2, 0.2))
+    lists = make_datalist(load_manifest(FOLDER / "acdc.json"), tmp_path, seed=1, fractions=(0.6, 0.2, 0.2))
     parts = [patients_of(lists, part) for part in ("training", "validation", "test")]
     assert [len(part) for part in parts] == [6, 2, 2]
     assert len(set.union(*parts)) == 10
@@ -375,27 +350,21 @@ def test_channels_are_listed_in_order(tmp_path):
     assert entry["label"].endswith("_seg.nii.gz")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "give either `fractions` or `split`"),
-        ({"fractions": (1, 0, 0), "split": "x"}, "give either `fractions` or `split`"),
+def test_arguments_that_do_not_fit(manifest, copy_of_set, tmp_path):
+    for arguments, message in (
+        ({}, "expected one of the two"),
+        ({"fractions": (1, 0, 0), "split": "x"}, "expected one of the two"),
         ({"fractions": (0.5, 0.5)}, "three shares that sum to one"),
         ({"fractions": (0.5, 0.4, 0.2)}, "three shares that sum to one"),
         ({"fractions": (1.5, -0.5, 0)}, "three shares that sum to one"),
-        ({"fractions": (0.98, 0.01, 0.01)}, "too few for `fractions`"),
-        ({"split": "thesis"}, "hippocampus has none: use `fractions`"),
-    ],
-)
-def test_arguments_that_do_not_fit(manifest, copy_of_set, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_datalist(manifest, copy_of_set, **arguments)
-
-
-def test_a_split_needs_its_patients(tmp_path):
-    frames(tmp_path, 3)
+        ({"fractions": (0.98, 0.01, 0.01)}, "fractions: 6 patients are too few"),
+        ({"split": "thesis"}, "hippocampus has none, give fractions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_datalist(manifest, copy_of_set, **arguments)
+    frames(tmp_path / "acdc", 3)
     with pytest.raises(ValueError, match="needs 100 patients, here are 3"):
-        make_datalist(load_manifest(FOLDER / "acdc.json"), tmp_path, split="thesis")
+        make_datalist(load_manifest(FOLDER / "acdc.json"), tmp_path / "acdc", split="thesis")
 
 
 def test_incomplete_cases_are_not_dropped_silently(manifest, copy_of_set, tmp_path):
@@ -410,59 +379,33 @@ def test_incomplete_cases_are_not_dropped_silently(manifest, copy_of_set, tmp_pa
 # --- command line and real data --------------------------------------------------------------------------------------
 
 
-def test_command_line(manifest, copy_of_set, tmp_path, capsys):
-    (tmp_path / "schema.json").write_text((FOLDER / "schema.json").read_text())
-    path = tmp_path / "small.json"
-    path.write_text(json.dumps(manifest))
-    both = ["--manifest", str(path), "--root", str(copy_of_set)]
-    assert main(["check", *both]) == 0
-    assert capsys.readouterr().out == "hippocampus: as described\n"
-
-    output = tmp_path / "datalist.json"
-    assert main(["datalist", *both, "--fractions", "0.5", "0.5", "0", "--output", str(output)]) == 0
-    rows = load_decathlon_datalist(str(output), data_list_key="validation", base_dir=str(copy_of_set))
-    assert len(rows) == 3
-    assert all(Path(row[key]).is_file() for row in rows for key in ("image", "label"))
-
-    (copy_of_set / "labelsTr/hippocampus_002.nii.gz").unlink()
-    assert main(["check", *both, "--headers-only"]) == 1
-    assert "case 002: image without label" in capsys.readouterr().out
-
-
-def test_datalist_command_that_cannot_be_run(manifest, copy_of_set, tmp_path, capsys):
-    """One sentence and status 2; an existing list stays unless --overwrite."""
+def test_commands(manifest, copy_of_set, tmp_path, capsys):
     (tmp_path / "schema.json").write_text((FOLDER / "schema.json").read_text())
     path, output = tmp_path / "small.json", tmp_path / "datalist.json"
     path.write_text(json.dumps(manifest))
-    output.write_text("work")
+    both = ["--manifest", str(path), "--root", str(copy_of_set)]
+    assert main(["check_dataset", *both]) == 0
+    assert capsys.readouterr().out == "hippocampus: as described\n"
 
-    def run(*more, root=copy_of_set, manifest=path, output=output):
-        both = ["--manifest", str(manifest), "--root", str(root), "--output", str(output)]
-        status = main(["datalist", *both, *(more or ["--fractions", "1", "0", "0"])])
-        return status, capsys.readouterr().err
-
-    status, message = run()
-    assert status == 2 and f"--output: {output} exists; choose another name or add --overwrite." in message
-    assert output.read_text() == "work"
-    new = tmp_path / "new.json"
-    for options, expected in (
-        ({"root": tmp_path / "nowhere"}, "nowhere"),
-        ({"manifest": tmp_path / "missing.json"}, "missing.json"),
-        ({"output": tmp_path / "nowhere" / "list.json"}, "nowhere"),
+    line = ["make_datalist", *both, "--output", str(output)]
+    assert main([*line, "--fractions", "0.5,0.5,0"]) == 0
+    rows = load_decathlon_datalist(str(output), data_list_key="validation", base_dir=str(copy_of_set))
+    assert len(rows) == 3
+    assert all(Path(row[key]).is_file() for row in rows for key in ("image", "label"))
+    before = output.read_text()
+    for more, reason in (
+        (["--fractions", "[1,0,0]"], "exists; choose another name or add --overwrite"),
+        (["--fractions", "[1,1,1]", "--overwrite"], "three shares"),
     ):
-        status, message = run(**({"output": new} | options))
-        assert status == 2 and expected in message and "Traceback" not in message
-    assert run("--fractions", "1", "1", "1", output=new)[0] == 2
-    assert not new.exists()
-    assert run("--overwrite", "--fractions", "1", "0", "0") == (0, "")
-    assert json.loads(output.read_text())["training"]
+        assert main([*line, *more]) == 2
+        assert reason in capsys.readouterr().err
+        assert output.read_text() == before
+    assert main([*line, "--fractions", "[1, 0, 0]", "--seed", "3", "--overwrite"]) == 0
+    assert main(["check-dataset", "--manifest", "missing.json", "--root", "."]) == 2
 
-
-def test_module_runs_without_warning(tmp_path):
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.data.manifests", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
-    assert "compare a local copy with a manifest" in done.stdout
+    (copy_of_set / "labelsTr/hippocampus_002.nii.gz").unlink()
+    assert main(["check_dataset", *both, "--headers-only"]) == 1
+    assert "case 002: image without label" in capsys.readouterr().out
 
 
 def test_real_hippocampus(data_root):

@@ -12,7 +12,6 @@ from monai.data import DataLoader, MetaTensor
 from monai.data.utils import set_rnd
 from monai.transforms import Lambdad, RandFlipd, RandGaussianNoised
 
-import medconstraints.data
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
 from medconstraints.handlers.resume import SamplerEpochHandler
 from medconstraints.transforms import LoadVolumed
@@ -31,7 +30,7 @@ def volumes():
     return [entry(number, shape, case=f"case {number}") for number, shape in enumerate(SHAPES)]
 
 
-@pytest.mark.parametrize("slice_axis", [0, 1, 2, -1, -3])
+@pytest.mark.parametrize("slice_axis", [0, 1, 2])
 def test_slices_put_together_are_the_volumes(volumes, slice_axis):
     dataset = SliceDataset(volumes, None, slice_axis=slice_axis)
     assert len(dataset) == sum(shape[slice_axis] for shape in SHAPES)
@@ -41,7 +40,7 @@ def test_slices_put_together_are_the_volumes(volumes, slice_axis):
         assert [item["slice"] for item in items] == list(range(shape[slice_axis]))
         assert {item["volume"] for item in items} == {number} and {item["case"] for item in items} == {f"case {number}"}
         for key in ("image", "label"):
-            whole = torch.stack([item[key] for item in items], dim=slice_axis if slice_axis < 0 else slice_axis + 1)
+            whole = torch.stack([item[key] for item in items], dim=slice_axis + 1)
             assert whole.dtype == volume[key].dtype
             torch.testing.assert_close(whole, volume[key], rtol=0, atol=0)
     assert [dataset[i]["index"] for i in range(len(dataset))] == list(range(len(dataset)))
@@ -212,7 +211,8 @@ def test_progress_is_logged(caplog):
             ValueError,
             r"belong to the slices, got \['slice'\]; rename",
         ),
-        ([{"image": torch.zeros(1, 4, 4, 2)}], {"slice_axis": 3}, ValueError, r"slice_axis: expected .* got 3"),
+        ([{"image": torch.zeros(1, 4, 4, 2)}], {"slice_axis": -1}, ValueError, r"slice_axis: expected .* got -1"),
+        ([{"image": torch.zeros(1, 4, 4, 2)}], {"slice_axis": None}, ValueError, r"slice_axis: expected .* got None"),
         (
             [{"image": torch.zeros(1, 4, 4, 2)}],
             {"drop": lambda item: True},
@@ -298,12 +298,7 @@ def test_wrong_samplers(volumes):
     dataset = SliceDataset(volumes, None)
     with pytest.raises(TypeError, match="dataset: expected a SliceDataset, got list"):
         VolumeBatchSampler(volumes)
-    with pytest.raises(ValueError, match="max_slices: expected None or at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_slices: expected an integer >= 1, got 0"):
         VolumeBatchSampler(dataset, max_slices=0)
-    with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="seed: expected an integer >= 0, got -1"):
         VolumeBatchSampler(dataset, seed=-1)
-
-
-def test_names_of_the_package():
-    assert medconstraints.data.SliceDataset is SliceDataset
-    assert medconstraints.data.VolumeBatchSampler is VolumeBatchSampler

@@ -8,11 +8,11 @@ reader.
 import ast
 import contextlib
 import functools
-import importlib.util
 import inspect
 import io
 import json
 import os
+import pkgutil
 import pydoc
 import re
 import runpy
@@ -32,6 +32,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.bundle.scripts import create_workflow
+
+from medconstraints.__main__ import COMMANDS as PACKAGE_COMMANDS
+from medconstraints.__main__ import read_command
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1] for path in ROOT.glob("bundles/*/configs/train.json"))
@@ -205,8 +208,12 @@ def script_problems(path, words, folder):
 def module_problems(module, words, folder):
     if module == "monai.bundle":
         return monai_problems(words, folder)[2]
-    if not module.startswith("medconstraints") or importlib.util.find_spec(module) is None:
+    if module != "medconstraints":
         return [f"python -m {module}: no such module"]
+    try:
+        read_command(words)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 
@@ -287,9 +294,8 @@ def test_options_in_the_text_are_settings_and_spelled_right(page):
 
 def package_options():
     """Names of the options of the package's commands."""
-    sources = [path for name in ("medconstraints", "transforms") for path in (ROOT / name).rglob("*.py")]
-    found = re.findall(r'add_argument\(\s*"--([a-z-]+)"', "\n".join(path.read_text("utf-8") for path in sources))
-    return {name.replace("-", "_") for name in found}
+    functions = [pkgutil.resolve_name(place) for place, _ in PACKAGE_COMMANDS.values()]
+    return {name for function in functions for name in inspect.signature(function).parameters}
 
 
 def settings_table(page):
@@ -336,6 +342,8 @@ RUN = "python -m monai.bundle run --bundle_root bundles/box_prior --config_file 
         ("python -m monai.bundle run", "config_file"),
         ("torchrun --standalone -m monai.bundle run --config_file x.json", "x.json"),
         ("python -m medconstraints.evaluate", "no such module"),
+        ("python -m medconstraints evaluate", "evaluation"),
+        ("python -m medconstraints discs --output runs/discs", "output_dir"),
         ("python benchmarks/box_prior_los.py", "no such script"),
         ("python benchmarks/box_prior_epoch.py --run 3", "--run"),
         ("make demos", "demos"),

@@ -1,11 +1,9 @@
 """Curves of several runs: what is read, the summary of the last epochs, the picture, and bad input."""
 
-import json
-
 import pytest
 from PIL import Image
 
-from medconstraints.reports.curves import draw_curves, main, read_curves
+from medconstraints.reports.curves import draw_curves, read_curves
 
 CSV = "epoch,satisfied,stability,val_mean_dice,t\n1,0.5,,0.1,5.0\n2,0.75,0.5,0.3,5.5\n3,1.0,0.25,0.8,6.05\n"
 
@@ -30,11 +28,9 @@ def test_columns_and_summary_of_the_last_epochs(run):
     assert summary["satisfied_mean"] == 0.875
     assert summary["val_mean_dice_mean"] == pytest.approx(0.55)
     assert summary["val_mean_dice_sd"] == pytest.approx(0.5 / 2**0.5)
-
-
-def test_an_empty_cell_is_not_in_the_mean(run):
-    assert read_curves({"all": run}, last=10)["summary"]["all"]["stability_mean"] == pytest.approx(0.375)
-    assert read_curves({"all": run}, last=10)["summary"]["all"]["n"] == 3
+    every = read_curves({"all": run}, last=10)["summary"]["all"]
+    assert every["stability_mean"] == pytest.approx(0.375), "an empty cell is not in the mean"
+    assert every["n"] == 3
 
 
 def test_picture_has_a_panel_for_each_run(run, tmp_path):
@@ -45,24 +41,6 @@ def test_picture_has_a_panel_for_each_run(run, tmp_path):
     assert sizes[1][0] > 2 * sizes[0][0] and sizes[2][1] > 1.5 * sizes[1][1]
 
 
-def test_command_line(run, tmp_path, capsys):
-    main(
-        [
-            "--run",
-            f"a={run}",
-            "--run",
-            f"b={run}",
-            "--output",
-            str(tmp_path / "c.json"),
-            "--picture",
-            str(tmp_path / "c.png"),
-        ]
-    )
-    content = json.loads((tmp_path / "c.json").read_text())
-    assert set(content["runs"]) == {"a", "b"} and (tmp_path / "c.png").is_file()
-    assert "val_mean_dice_mean" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -71,12 +49,9 @@ def test_command_line(run, tmp_path, capsys):
         ("epoch,satisfied\n", "no row"),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, message, capsys):
+def test_bad_files_are_named(tmp_path, content, message):
     path = tmp_path / "missing.csv"
     if content is not None:
         path.write_text(content)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         read_curves({"a": path})
-    with pytest.raises(SystemExit):
-        main(["--run", f"a={path}", "--output", str(tmp_path / "c.json")])
-    assert not (tmp_path / "c.json").exists()

@@ -1,3 +1,5 @@
+"""Scores of saved masks: Dice and HD95 against slow references, volumes, geometry, settings, and what is refused."""
+
 import json
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from medconstraints.__main__ import main
 from medconstraints.reports import evaluation
 from medconstraints.reports.evaluation import dice, evaluate_predictions, format_summary, hd95_mm, write_results
 
@@ -45,30 +48,26 @@ def blob(rng, shape):
     return noise > np.quantile(noise, 0.8)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "expected"),
-    [
-        ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
-        ([1, 1, 1, 0], [0, 1, 1, 1], 2 / 3),
-        ([1, 0, 0, 0], [0, 1, 1, 1], 0.0),
-        ([0, 0, 0, 0], [0, 1, 1, 1], 0.0),
-        ([0, 1, 1, 1], [0, 0, 0, 0], 0.0),
-        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0),
-    ],
-)
-def test_dice(prediction, reference, expected):
-    assert dice(np.array(prediction, bool), np.array(reference, bool)) == pytest.approx(expected)
+def test_dice():
+    cases = {
+        ("1100", "1100"): 1.0,
+        ("1110", "0111"): 2 / 3,
+        ("1000", "0111"): 0.0,
+        ("0000", "0111"): 0.0,
+        ("0111", "0000"): 0.0,
+        ("0000", "0000"): 1.0,
+    }
+    for pair, expected in cases.items():
+        assert dice(*(np.array(list(text)) == "1" for text in pair)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("shape", "spacing"),
-    [((20, 18, 9), (0.8, 1.1, 4.0)), ((20, 18, 9), (3.0, 0.5, 0.5)), ((30, 25), (0.7, 2.0))],
-)
-def test_hd95_against_distance_maps(shape, spacing):
-    rng = np.random.default_rng(1)
-    for _ in range(3):
+def test_hd95_against_distance_maps(rng):
+    for shape, spacing in [((20, 18, 9), (0.8, 1.1, 4.0)), ((20, 18, 9), (3.0, 0.5, 0.5)), ((30, 25), (0.7, 2.0))]:
         a, b = blob(rng, shape), blob(rng, shape)
         assert hd95_mm(a, b, spacing) == pytest.approx(slow_hd95(a, b, spacing), rel=1e-5)
+    assert hd95_mm(a[:, None], b[:, None], (2.0, 9.0, 0.5)) == hd95_mm(a, b, (2.0, 0.5)), (
+        "axes of one voxel do not count"
+    )
 
 
 def test_hd95_is_the_larger_direction_not_the_pooled_percentile():
@@ -80,13 +79,7 @@ def test_hd95_is_the_larger_direction_not_the_pooled_percentile():
     assert hd95_mm(a, b, (1.0, 1.0)) == hd95_mm(b, a, (1.0, 1.0)) > 2
 
 
-def test_hd95_ignores_axes_of_one_voxel():
-    rng = np.random.default_rng(2)
-    a, b = blob(rng, (20, 18)), blob(rng, (20, 18))
-    assert hd95_mm(a[:, None], b[:, None], (2.0, 9.0, 0.5)) == hd95_mm(a, b, (2.0, 0.5))
-
-
-def test_scores_by_hand(study):
+def test_scores_and_summary_by_hand(study):
     results = run(study)
     first, second, third = results["cases"]
     assert (first["name"], first["image"]) == ("case_000", "images/case_000.nii.gz")
@@ -102,51 +95,47 @@ def test_scores_by_hand(study):
         "volume_ml_prediction": 0.0,
         "volume_ml_reference": pytest.approx(6 * 9 * 6 * voxel_ml),
     }
-    assert second["tail"]["dice"] == 1.0  # absent from both
-    assert second["tail"]["hd95_mm"] is None
-    assert "head" not in third
-    assert "case_002_seg.nii.gz" in third["reason"]
+    assert (second["tail"]["dice"], second["tail"]["hd95_mm"]) == (1.0, None)  # absent from both
+    assert "head" not in third and "case_002_seg.nii.gz" in third["reason"]
     assert results["missing"] == ["case_002"]
+    head = results["summary"]["head"]
+    assert head["dice_mean"] == pytest.approx(0.4)
+    assert head["dice_sd"] == pytest.approx(np.std([0.8, 0.0], ddof=1))
+    assert head["hd95_mm_mean"] == pytest.approx(1.6, rel=1e-5)
+    assert (head["hd95_mm_sd"], head["hd95_undefined"], head["n"]) == (None, 1, 2)
 
 
-def test_summary(study):
-    summary = run(study)["summary"]
-    assert summary["head"]["dice_mean"] == pytest.approx(0.4)
-    assert summary["head"]["dice_sd"] == pytest.approx(np.std([0.8, 0.0], ddof=1))
-    assert summary["head"]["hd95_mm_mean"] == pytest.approx(1.6, rel=1e-5)
-    assert summary["head"]["hd95_mm_sd"] is None  # one defined value
-    assert (summary["head"]["hd95_undefined"], summary["head"]["n"]) == (1, 2)
-
-
-def test_results_are_json_without_absolute_paths(study, monkeypatch):
+def test_results_are_json_with_the_settings_of_the_run_and_without_absolute_paths(study, monkeypatch):
     monkeypatch.chdir(study)
+    assert run(study)["settings"] is None
+    settings = {
+        "bundle": "b",
+        "settings": {"slice_axis": None, "datalist": f"{study}/data/list.json", "spacing": [1, 2]},
+    }
+    (study / "out" / "settings.json").write_text(json.dumps(settings))
     results = run(study)
+    assert results["settings"]["settings"] == {"slice_axis": None, "datalist": "data/list.json", "spacing": [1, 2]}
     path = write_results(results, study / "new" / "results.json")
-    text = path.read_text()
-    assert json.loads(text) == results
-    assert str(study) not in text
+    assert json.loads(path.read_text()) == results
+    assert str(study) not in path.read_text()
     assert set(results["provenance"]["versions"]) == {"torch", "monai", "medconstraints"}
     with pytest.raises(FileExistsError, match=r"output: .*results\.json exists"):
         write_results(results, path)
-    write_results(results, path, overwrite=True)
 
 
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("{cwd}/data/list.json", "data/list.json"),
-        ("/elsewhere/some one/list.json", "list.json"),
-        ("--datalist=/elsewhere/list.json", "--datalist=list.json"),
-        ("['/elsewhere/a.json', '{cwd}/b.json']", "['a.json', 'b.json']"),
-        (r"C:\Users\someone\list.json", "list.json"),
-        ("data/list.json", "data/list.json"),
-        ("--section", "--section"),
-        ("https://example.org/list.json", "https://example.org/list.json"),
-    ],
-)
-def test_commands_lose_absolute_paths(argument, expected, tmp_path, monkeypatch):
+def test_texts_lose_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluation._without_absolute_paths(argument.replace("{cwd}", str(Path.cwd()))) == expected
+    cases = {
+        "{cwd}/data/list.json": "data/list.json",
+        "/elsewhere/some one/list.json": "list.json",
+        "--datalist=/elsewhere/list.json": "--datalist=list.json",
+        "['/elsewhere/a.json', '{cwd}/b.json']": "['a.json', 'b.json']",
+        r"C:\Users\someone\list.json": "list.json",
+        "--section": "--section",
+        "https://example.org/list.json": "https://example.org/list.json",
+    }
+    for text, expected in cases.items():
+        assert evaluation._shareable(text.replace("{cwd}", str(Path.cwd()))) == expected
 
 
 def test_base_dir_suffix_and_flat_folder(study, save):
@@ -189,11 +178,6 @@ def move_affine(study, voxels):
     replace(prediction_of(study), affine=affine)
 
 
-def test_affine_tolerance(study):
-    move_affine(study, 5e-4)
-    run(study)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -210,76 +194,48 @@ def test_affine_tolerance(study):
     ],
 )
 def test_unusable_predictions(study, damage, words):
+    move_affine(study, 5e-4)  # within the tolerance
+    run(study)
+    move_affine(study, -5e-4)
     damage(study)
     with pytest.raises(ValueError, match=words):
         run(study)
 
 
-def test_unusable_input(study, tmp_path):
+def test_unusable_input(study, tmp_path, caplog):
     datalist = study / "data" / "list.json"
-    with pytest.raises(ValueError, match=r"no entries under 'validation'; it has \['test', 'two'\]"):
+    run(study, structures={"ghost": [7]})
+    assert "ghost: no reference has label values [7]" in caplog.text
+    with pytest.raises(ValueError, match=r"no section 'validation', it has \['test', 'two'\]"):
         run(study, "validation")
-    with pytest.raises(FileNotFoundError, match="datalist: no file"):
-        evaluate_predictions(study / "absent.json", "test", study / "out", structures=STRUCTURES)
     with pytest.raises(FileNotFoundError, match="predictions_dir: no folder"):
         evaluate_predictions(datalist, "test", study / "absent", structures=STRUCTURES)
     with pytest.raises(FileNotFoundError, match=r"named like case_000_mask\.nii\.gz.*case_000_seg.*suffix"):
         run(study, suffix="_mask")
+    for structures in ({}, {"name": [1]}, {"a": 1}, {"a": []}, {"a": [1.0]}, {"a": [True]}, 3):
+        with pytest.raises(ValueError, match="structures: "):
+            run(study, structures=structures)
     (study / "data" / "labels" / "case_000.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match="label of case_000: no file"):
         run(study)
+    twice = [{"image": "a/x.nii.gz", "label": "l"}, {"image": "b/x.nii", "label": "l"}]
+    for items, words in ((["a.nii.gz"], "'label', got None"), (twice, r"several images named \['x'\]")):
+        (tmp_path / "list.json").write_text(json.dumps({"test": items}))
+        with pytest.raises(ValueError, match=words):
+            evaluate_predictions(tmp_path / "list.json", "test", tmp_path, structures=STRUCTURES)
 
 
-@pytest.mark.parametrize(
-    ("items", "words"),
-    [
-        (["a.nii.gz"], "expected .*label"),
-        ([{"image": "a/x.nii.gz", "label": "l"}, {"image": "b/x.nii", "label": "l"}], r"several images named \['x'\]"),
-        ([], "no entries"),
-    ],
-)
-def test_unusable_lists(tmp_path, items, words):
-    (tmp_path / "list.json").write_text(json.dumps({"test": items}))
-    with pytest.raises(ValueError, match=words):
-        evaluate_predictions(tmp_path / "list.json", "test", tmp_path, structures=STRUCTURES)
-
-
-@pytest.mark.parametrize(
-    "structures", [{}, {"name": [1]}, {"a": 1}, {"a": []}, {"a": "12"}, {"a": [1.0]}, {"a": [True]}, 3]
-)
-def test_unusable_structures(study, structures):
-    with pytest.raises(ValueError, match="structures: "):
-        run(study, structures=structures)
-
-
-def test_a_structure_that_no_reference_has_is_warned_about(study, caplog):
-    run(study, structures={"ghost": [7]})
-    assert "ghost: no reference has label values [7]" in caplog.text
-
-
-def test_command_line(study, monkeypatch, capsys):
+def test_command(study, monkeypatch, capsys):
     monkeypatch.chdir(study)
-    command = f"--datalist {study}/data/list.json --section test --predictions out --output r.json --structures".split()
-    evaluation.main([*command, json.dumps(STRUCTURES)])
+    command = f"evaluation --datalist {study}/data/list.json --section test --predictions out --output r.json".split()
+    assert main([*command, "--structures", json.dumps(STRUCTURES)]) == 0
     shown = capsys.readouterr().out
-    results = json.loads((study / "r.json").read_text())
-    assert shown == format_summary(results)
+    assert shown == format_summary(json.loads((study / "r.json").read_text()))
     assert len({len(line) for line in shown.splitlines()[:4]}) == 1  # aligned
     assert "case_002: no prediction" in shown
-    assert results["provenance"]["command"][:5] == [
-        "python",
-        "-m",
-        "medconstraints.reports.evaluation",
-        "--datalist",
-        "data/list.json",
-    ]
-    for arguments, words in [
-        ([json.dumps(STRUCTURES)], "r.json exists"),
-        (["{", "--overwrite"], "not valid JSON"),
-        (['{"a": 1}', "--overwrite"], "expected a list"),
-    ]:
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main([*command, *arguments])
-        assert stop.value.code == 2
+    for structures, words in (('{"a": [1]}', "r.json exists"), ("{", "expected names and values")):
+        assert main([*command, "--structures", structures]) == 2
         assert words in capsys.readouterr().err
-    evaluation.main([*command, json.dumps(STRUCTURES), "--overwrite"])
+    assert main([*command, "--structures", '{"a": 1}', "--overwrite"]) == 2
+    assert "expected a list" in capsys.readouterr().err
+    assert main([*command, "--structures", '{"a": [1]}', "--overwrite", "True"]) == 0

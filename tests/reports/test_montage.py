@@ -1,3 +1,5 @@
+"""The picture of a few volumes: image, boxes and masks agree, however they are stored; which slice; what is refused."""
+
 import itertools
 import sys
 
@@ -5,17 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medconstraints.reports.montage import (
-    MAX_PNG_BYTES,
-    ReportCase,
-    _cut,
-    canonical_boxes,
-    canonical_volume,
-    default_axis,
-    montage,
-    plane,
-    slice_rectangles,
-)
+from medconstraints.reports.montage import MAX_PNG_BYTES, ReportCase, _cut, montage
 
 SHAPE = (7, 9, 11)
 START, STOP = (1, 2, 4), (4, 8, 6)  # asymmetric along every axis
@@ -39,58 +31,7 @@ def filled():
     return mask
 
 
-def paint(boxes, shape):
-    mask = np.zeros(shape, np.uint8)
-    for row in boxes:
-        mask[row[1] : row[4], row[2] : row[5], row[3] : row[6]] = row[0]
-    return mask
-
-
 BOXES = np.array([[3, *START, *STOP], [-1, 0, 0, 0, 0, 0, 0]])
-
-
-@pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_boxes_follow_the_volume_in_all_48_orientations(codes):
-    affine = affine_of(codes)
-    volume, boxes = canonical_volume(filled(), affine), canonical_boxes(BOXES, SHAPE, affine)
-    assert len(boxes) == 1  # padding dropped
-    np.testing.assert_array_equal(paint(boxes, volume.shape), volume)
-
-
-def test_lps_by_hand():
-    # L and P run against R and A: 7 - 4 .. 7 - 1 and 9 - 8 .. 9 - 2
-    assert canonical_boxes(BOXES, SHAPE, affine_of("LPS")).tolist() == [[3, 3, 1, 4, 6, 7, 6]]
-    volume = canonical_volume(filled(), affine_of("LPS"))
-    assert volume[3, 1, 4] == volume[5, 6, 5] == 3
-    assert volume[2, 1, 4] == volume[5, 7, 5] == 0
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_rectangles_cover_the_pixels_of_the_plane(axis):
-    boxes = np.array([[3, *START, *STOP]])
-    for index in range(SHAPE[axis]):
-        shown = plane(filled(), axis, index)
-        rectangles = slice_rectangles(boxes, axis, index)
-        assert bool(rectangles) == bool(shown.any())
-        rows, columns = np.indices(shown.shape)
-        inside = np.zeros(shown.shape, np.uint8)
-        for number, x, y, width, height in rectangles:
-            inside[(x < columns) & (columns < x + width) & (y < rows) & (rows < y + height)] = number
-        np.testing.assert_array_equal(inside, shown)
-
-
-@pytest.mark.parametrize(
-    ("spacing", "shape", "expected"),
-    [
-        ((1, 1, 1), (9, 9, 9), 2),
-        ((1, 3, 1), (9, 9, 9), 1),
-        ((5, 1, 1), (9, 9, 9), 0),
-        ((1, 1.0, 0.999), (9, 9, 9), 2),
-        ((5, 1, 1), (9, 1, 9), 1),
-    ],
-)
-def test_default_axis(spacing, shape, expected):
-    assert default_axis(spacing, shape) == expected
 
 
 def make_case(tmp_path, codes="LPS", spacing=(1.0, 2.0, 4.0), labels_codes=None, **changes):
@@ -109,28 +50,45 @@ def make_case(tmp_path, codes="LPS", spacing=(1.0, 2.0, 4.0), labels_codes=None,
     return ReportCase(**{**values, **changes})
 
 
-@pytest.mark.parametrize("codes", ["LPS", "RAS", "PIR", "SLA"])
-@pytest.mark.parametrize("labels_codes", [None, "ASR"])
-@pytest.mark.parametrize("axis", [None, 0, 1, 2])
-def test_image_box_and_masks_agree_on_the_slice(tmp_path, codes, labels_codes, axis):
-    row = _cut(make_case(tmp_path, codes, labels_codes=labels_codes), axis)
-    letters = dict(zip("RLAPSI", (0, 0, 1, 1, 2, 2), strict=True))
-    thickest = letters[codes[2]]  # 4 mm
-    assert row.axis == (thickest if axis is None else axis)
-    np.testing.assert_array_equal(row.image > 0, row.reference == 3)
-    np.testing.assert_array_equal(row.prediction, row.reference)
-    (rectangle,) = row.rectangles
-    rows, columns = np.nonzero(row.reference)
-    assert rectangle == (
-        3,
-        columns.min() - 0.5,
-        rows.min() - 0.5,
-        columns.max() + 1 - columns.min(),
-        rows.max() + 1 - rows.min(),
-    )
-    spacing = dict(zip((letters[code] for code in codes), (1.0, 2.0, 4.0), strict=True))
-    x, y = (other for other in range(3) if other != row.axis)
-    assert row.aspect == pytest.approx(spacing[y] / spacing[x])
+def test_image_box_and_masks_agree_on_the_slice_in_all_48_orientations(tmp_path):
+    places = dict(zip("RLAPSI", (0, 0, 1, 1, 2, 2), strict=True))
+    for number, codes in enumerate(ORIENTATIONS):
+        axis = (None, 0, 1, 2)[number % 4]
+        row = _cut(make_case(tmp_path, codes, labels_codes="ASR" if number % 3 else None), axis)
+        assert row.axis == (places[codes[2]] if axis is None else axis), "the thickest slices, 4 mm"
+        np.testing.assert_array_equal(row.image > 0, row.masks["reference"] == 3)
+        np.testing.assert_array_equal(row.masks["prediction"], row.masks["reference"])
+        (rectangle,) = row.rectangles.tolist()
+        rows, columns = np.nonzero(row.masks["reference"])
+        corner = [columns.min() - 0.5, rows.min() - 0.5]
+        assert rectangle == [3, *corner, columns.max() - corner[0] + 0.5, rows.max() - corner[1] + 0.5]
+        spacing = dict(zip((places[code] for code in codes), (1.0, 2.0, 4.0), strict=True))
+        x, y = (other for other in range(3) if other != row.axis)
+        assert row.aspect == pytest.approx(spacing[y] / spacing[x])
+
+
+def test_lps_by_hand(tmp_path):
+    # L and P run against R and A: 7 - 4 .. 7 - 1 and 9 - 8 .. 9 - 2
+    row = _cut(make_case(tmp_path, "LPS"), 2)
+    assert row.rectangles.tolist() == [[3, 2.5, 0.5, 3, 6]]
+    assert row.masks["reference"][1, 3] == row.masks["reference"][6, 5] == 3
+    assert row.masks["reference"][1, 2] == row.masks["reference"][7, 5] == 0
+
+
+def test_boxes_that_do_not_meet_the_slice_are_not_drawn(tmp_path):
+    boxes = np.array([[1, 0, 0, 0, 7, 9, 4], [2, 0, 0, 4, 1, 1, 5], [3, 0, 0, 5, 7, 9, 11]])
+    row = _cut(make_case(tmp_path, "RAS", boxes=boxes), 2)  # slice 4
+    assert row.rectangles.tolist() == [[2, -0.5, -0.5, 1, 1]]
+    assert row.classes == {2, 3}  # of the boxes and of the masks
+
+
+@pytest.mark.parametrize(
+    ("spacing", "shape", "expected"),
+    [((1, 1, 1), (9, 9, 9), 2), ((5, 1, 1), (9, 9, 9), 0), ((1, 1.0, 0.999), (9, 9, 9), 2), ((5, 1, 1), (9, 1, 9), 1)],
+)
+def test_default_axis(tmp_path, spacing, shape, expected):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), affine_of("RAS", spacing)), tmp_path / "i.nii.gz")
+    assert _cut(ReportCase("a", tmp_path / "i.nii.gz"), None).axis == expected
 
 
 def test_slice_of_the_largest_reference_then_prediction_then_middle(tmp_path):
@@ -150,11 +108,12 @@ def test_slice_of_the_largest_reference_then_prediction_then_middle(tmp_path):
     assert row.classes == set()
 
 
-def test_boxes_of_a_2d_image():
-    assert canonical_boxes(np.array([[1, 1, 2, 3, 5]]), (6, 8, 1), affine_of("LAS")).tolist() == [[1, 3, 2, 0, 5, 5, 1]]
-    for boxes in (np.zeros((1, 5), int), np.zeros(7, int)):
-        with pytest.raises(ValueError, match="boxes: expected rows"):
-            canonical_boxes(boxes, SHAPE, np.eye(4))
+def test_boxes_of_a_2d_image(tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((6, 8, 1), np.float32), affine_of("LAS")), tmp_path / "i.nii.gz")
+    case = ReportCase("a", tmp_path / "i.nii.gz", boxes=np.array([[1, 1, 2, 3, 5]]))
+    assert _cut(case, None).rectangles.tolist() == [[1, 2.5, 1.5, 2, 3]]
+    with pytest.raises(ValueError, match="boxes: expected rows"):
+        _cut(make_case(tmp_path, boxes=np.zeros((1, 5), int)), None)
 
 
 def test_montage_writes_a_small_picture(tmp_path):

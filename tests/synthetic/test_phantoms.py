@@ -1,9 +1,5 @@
 """Phantoms: reproducible, labelled as promised, and stored as the NIfTI files of clinics are."""
 
-import json
-import subprocess
-import sys
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,8 +7,7 @@ from monai.data import load_decathlon_datalist
 from monai.transforms import LoadImaged, Orientationd
 from scipy import ndimage
 
-import medconstraints.data
-from medconstraints.synthetic.phantoms import ORIENTATIONS, main, make_cohort, make_phantom
+from medconstraints.synthetic.phantoms import ORIENTATIONS, make_cohort, make_phantom
 
 SMALL = {"shape": (24, 24, 16)}
 
@@ -39,8 +34,9 @@ def test_same_seed_same_phantom():
         assert not np.array_equal(a, c)
 
 
-@pytest.mark.parametrize("shape", [(48, 48, 32), (24, 24, 16), (16, 40, 20)])
-@pytest.mark.parametrize("filling", [None, 0.12, 0.85])
+@pytest.mark.parametrize(
+    ("shape", "filling"), [((48, 48, 32), None), ((24, 24, 16), 0.12), ((16, 40, 20), 0.85), ((24, 24, 16), None)]
+)
 def test_types_and_organ(shape, filling):
     for seed in range(4):
         image, label, affine = make_phantom(seed, shape=shape, filling=filling)
@@ -53,11 +49,11 @@ def test_types_and_organ(shape, filling):
         assert inner.sum() == label.sum() > 0, "the organ does not touch the border"
 
 
-@pytest.mark.parametrize("filling", [0.12, 0.2, 0.3, 0.4, 0.52, 0.6, 0.7, 0.8, 0.85])
 @pytest.mark.parametrize(("shape", "tolerance"), [((48, 48, 32), 0.02), ((24, 24, 16), 0.03)])
-def test_filling(filling, shape, tolerance):
-    shares = [box_share(make_phantom(seed, shape=shape, filling=filling)[1] > 0) for seed in range(5)]
-    np.testing.assert_allclose(shares, filling, atol=tolerance)
+def test_filling(shape, tolerance):
+    for filling in (0.12, 0.3, 0.52, 0.7, 0.85):
+        shares = [box_share(make_phantom(seed, shape=shape, filling=filling)[1] > 0) for seed in range(3)]
+        np.testing.assert_allclose(shares, filling, atol=tolerance)
 
 
 def test_natural_filling_varies():
@@ -83,9 +79,15 @@ def test_organs_differ_in_size_place_and_side():
     assert sizes.max() > 1.3 * sizes.min()
 
 
-@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 2.0), (0.7, 0.8, 5.0)])
-@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PSR", "IRP"])
-@pytest.mark.parametrize("oblique_degrees", [0.0, 12.0, 30.0])
+@pytest.mark.parametrize(
+    ("spacing_mm", "orientation", "oblique_degrees"),
+    [
+        ((1.0, 1.0, 2.0), "RAS", 0.0),
+        ((1.0, 1.0, 2.0), "PSR", 12.0),
+        ((0.7, 0.8, 5.0), "LPS", 30.0),
+        ((0.7, 0.8, 5.0), "IRP", 12.0),
+    ],
+)
 def test_affine(spacing_mm, orientation, oblique_degrees):
     shape = (24, 28, 16)
     options = {"shape": shape, "spacing_mm": spacing_mm, "oblique_degrees": oblique_degrees}
@@ -101,7 +103,7 @@ def test_affine(spacing_mm, orientation, oblique_degrees):
     assert (angle < 1e-6) if oblique_degrees == 0 else (0.1 < np.degrees(angle) / oblique_degrees <= 1)
 
 
-@pytest.mark.parametrize("orientation", ["LPS", "PSR", "IRP"])
+@pytest.mark.parametrize("orientation", ["LPS", "IRP"])
 def test_orientation_changes_storage_only(orientation):
     """Every voxel keeps its place in the patient, its intensity and its label."""
     plain = make_phantom(2, num_classes=2, **SMALL)
@@ -128,7 +130,7 @@ def test_two_classes_have_different_intensities():
     assert 1.05 < medians[0] / medians[1] < 1.4
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_intensities_separate_organ_body_and_distractor(seed):
     image, label, _ = make_phantom(seed)
     without, same_label, _ = make_phantom(seed, distractor=False)
@@ -152,18 +154,6 @@ def test_background_has_texture_bias_and_air():
     assert np.median(image[[0, -1]][:, [0, -1]]) < 60, "air in the corners"
     assert 10 < np.std(image[(label == 0) & (image > 150)]) < 100
     assert np.std(image[ndimage.binary_erosion(label, iterations=2)]) > 5, "the bias field reaches the organ"
-
-
-def test_datalist(cohort):
-    content = json.loads(cohort.read_text())
-    assert {"name", "description", "labels", "licence", "training", "validation", "test"} <= set(content)
-    assert content["labels"] == {"0": "background", "1": "organ"}
-    assert content["parameters"]["seed"] == 3 and content["parameters"]["shape"] == [24, 24, 16]
-    for section, numbers in {"training": range(5), "validation": range(5, 7), "test": [7]}.items():
-        assert [case["image"] for case in content[section]] == [f"imagesTr/phantom_{i:03d}.nii.gz" for i in numbers]
-        for case in load_decathlon_datalist(str(cohort), True, section):
-            assert nib.load(case["image"]).shape == nib.load(case["label"]).shape
-    assert len(files(cohort.parent)) == 17
 
 
 def test_cohort_files_hold_the_phantoms(cohort):
@@ -195,144 +185,26 @@ def test_cohort_orientations_vary_and_monai_undoes_them(cohort):
         assert oriented["image"].shape == oriented["label"].shape == (1, 24, 24, 16)
 
 
-def test_volumes_do_not_depend_on_the_counts(cohort, tmp_path):
-    make_cohort(tmp_path, num_training=2, num_validation=0, num_test=1, seed=3, **SMALL)
-    few, many = files(tmp_path), files(cohort.parent)
-    volumes = [name for name in few if name.endswith(".nii.gz")]
-    assert len(volumes) == 6
-    assert all(few[name] == many[name] for name in volumes)
-    assert few["imagesTr/phantom_000.nii.gz"] != few["imagesTr/phantom_002.nii.gz"]
-
-
-def test_files_carry_no_time(cohort):
-    for name, content in files(cohort.parent).items():
-        if name.endswith(".gz"):
-            assert content[4:8] == bytes(4), "the gzip header's time"
-
-
-def test_seed_changes_the_cohort(cohort, tmp_path):
-    make_cohort(tmp_path, num_training=1, num_validation=0, num_test=0, seed=4, **SMALL)
-    name = "imagesTr/phantom_000.nii.gz"
-    assert files(tmp_path)[name] != files(cohort.parent)[name]
-
-
-def test_existing_cohort_is_refused_or_replaced(tmp_path):
-    counts = {"num_validation": 0, "num_test": 0, **SMALL}
-    make_cohort(tmp_path, num_training=2, **counts)
-    (tmp_path / "notes.txt").write_text("mine")
-    before = files(tmp_path)
-    with pytest.raises(FileExistsError, match=r"holds a datalist\.json; name another one, or pass overwrite=True") as e:
-        make_cohort(tmp_path, num_training=1, **counts)
-    assert str(tmp_path) in str(e.value)
-    with pytest.raises(ValueError, match="num_classes must be 1 or 2, but is 3"):
-        make_cohort(tmp_path, num_training=1, overwrite=True, num_classes=3, **counts)
-    assert files(tmp_path) == before, "a refused call changes nothing"
-    make_cohort(tmp_path, num_training=1, seed=1, overwrite=True, **counts)
-    after = files(tmp_path)
-    expected = {"datalist.json", "notes.txt", "imagesTr/phantom_000.nii.gz", "labelsTr/phantom_000.nii.gz"}
-    assert set(after) == expected
-    assert after["imagesTr/phantom_000.nii.gz"] != before["imagesTr/phantom_000.nii.gz"]
-
-
-def test_no_datalist_after_an_interrupted_replacement(tmp_path, monkeypatch):
-    make_cohort(tmp_path, num_training=2, num_validation=0, num_test=0, **SMALL)
-
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        make_cohort(tmp_path, num_training=2, overwrite=True, **SMALL)
-    assert not (tmp_path / "datalist.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shape": (48, 48)}, r"shape must be three integers of at least 16, but is \(48, 48\); give the voxels"),
-        ({"shape": (48, 48, 8)}, "shape must be three integers of at least 16"),
-        ({"shape": (48.0, 48, 32)}, "shape must be three integers"),
-        ({"spacing_mm": (1, 1, -2)}, r"spacing_mm must be three positive numbers, but is \(1, 1, -2\); give mm"),
-        ({"spacing_mm": (1, 1, float("nan"))}, "spacing_mm must be three positive numbers"),
-        ({"spacing_mm": 1.0}, "spacing_mm must be three positive numbers"),
-        ({"num_classes": 3}, "num_classes must be 1 or 2, but is 3; 2 splits"),
-        ({"filling": 0.05}, r"filling must be None or from 0\.12 to 0\.85, but is 0\.05; try None"),
-        ({"filling": 0.9}, "filling must be None or from"),
-        ({"filling": 0.0}, "filling must be None or from"),
-        ({"noise": -0.1}, r"noise must be a finite number of at least 0, but is -0\.1; 0 means none"),
-        ({"noise": float("nan")}, "noise must be a finite number"),
-        ({"oblique_degrees": 45}, "oblique_degrees must be from 0 to 30, but is 45; 0 aligns the axes"),
-    ],
-)
-@pytest.mark.parametrize("whole", [False, True], ids=["phantom", "cohort"])
-def test_wrong_options(options, message, whole, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        make_cohort(tmp_path / "new", **options) if whole else make_phantom(0, **options)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("orientation", ["RAX", "RLS", "RA", "ras"])
-def test_wrong_orientation(orientation):
-    with pytest.raises(ValueError, match=f"orientation must be one each of R/L, A/P and S/I, but is '{orientation}'"):
-        make_phantom(0, orientation=orientation)
-
-
-def test_wrong_seed():
-    with pytest.raises(
-        ValueError, match="seed_or_rng must be a numpy Generator or an integer of at least 0, but is -1"
+def test_wrong_options(tmp_path):
+    for options, name in (
+        ({"shape": (48, 48)}, "shape"),
+        ({"shape": (48, 48, 8)}, "shape"),
+        ({"shape": (48.0, 48, 32)}, "shape"),
+        ({"spacing_mm": (1, 1, -2)}, "spacing_mm"),
+        ({"spacing_mm": (1, 1, float("nan"))}, "spacing_mm"),
+        ({"num_classes": 3}, "num_classes"),
+        ({"filling": 0.05}, "filling"),
+        ({"filling": 0.9}, "filling"),
+        ({"noise": -0.1}, "noise"),
+        ({"noise": float("nan")}, "noise"),
+        ({"oblique_degrees": 45}, "oblique_degrees"),
     ):
+        for make in (lambda **options: make_phantom(0, **options), lambda **options: make_cohort(tmp_path, **options)):
+            with pytest.raises(ValueError, match=f"{name}: expected"):
+                make(**options)
+    for orientation in ("RAX", "RLS", "RA", "ras"):
+        with pytest.raises(ValueError, match=f"orientation: expected one each of .*'{orientation}'"):
+            make_phantom(0, orientation=orientation)
+    with pytest.raises(ValueError, match="seed_or_rng: expected"):
         make_phantom(-1)
-
-
-@pytest.mark.parametrize(("name", "least"), [("num_training", 1), ("num_validation", 0), ("num_test", 0), ("seed", 0)])
-def test_wrong_counts(name, least, tmp_path):
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least {least}, but is {least - 1}"):
-        make_cohort(tmp_path / "new", **{name: least - 1})
-    assert not (tmp_path / "new").exists()
-
-
-def test_command_line(tmp_path, capsys):
-    arguments = (
-        "--num-training 1 --num-validation 1 --num-test 0 --seed 2 --filling 0.3 --num-classes 2 --shape 24 24 16"
-    )
-    main(["--output", str(tmp_path / "a"), *arguments.split()])
-    assert capsys.readouterr().out == f"{tmp_path / 'a' / 'datalist.json'}\n"
-    counts = {"num_training": 1, "num_validation": 1, "num_test": 0}
-    make_cohort(tmp_path / "b", seed=2, filling=0.3, num_classes=2, **counts, **SMALL)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    labels = json.loads((tmp_path / "a" / "datalist.json").read_text())["labels"]
-    assert labels == {"0": "background", "1": "anterior part of the organ", "2": "posterior part of the organ"}
-
-
-def test_command_line_options_reach_the_cohort(tmp_path):
-    arguments = "--num-training 1 --noise 0.3 --oblique-degrees 4 --spacing-mm 2 2 3 --no-distractor --shape 16 16 16"
-    main(["--output", str(tmp_path), *arguments.split()])
-    parameters = json.loads((tmp_path / "datalist.json").read_text())["parameters"]
-    expected = {"noise": 0.3, "oblique_degrees": 4.0, "spacing_mm": [2.0, 2.0, 3.0], "distractor": False, "seed": 0}
-    assert parameters == {"num_classes": 1, "filling": None, "shape": [16, 16, 16], **expected}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [("--filling 0.95", "filling must be None or from"), ("--num-training 0", "num_training must be an integer")],
-)
-def test_command_line_errors(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--output", str(tmp_path), *arguments.split()])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_runs_as_a_module_without_warnings(tmp_path):
-    """The package must not import the module before ``python -m`` runs it."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "medconstraints.synthetic.phantoms", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--num-training" in done.stdout
-
-
-def test_names_of_the_package():
-    assert medconstraints.data.make_cohort is make_cohort
-    assert medconstraints.data.make_phantom is make_phantom
-    with pytest.raises(AttributeError, match="no attribute 'make_phantoms'"):
-        _ = medconstraints.data.make_phantoms
+    assert not list(tmp_path.iterdir())

@@ -1,3 +1,5 @@
+"""The page of a run: its table, that all text is escaped, which volumes it shows, and the command."""
+
 import json
 from html.parser import HTMLParser
 
@@ -5,10 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medconstraints.__main__ import main
 from medconstraints.reports import evaluation
-from medconstraints.reports import html as report
-from medconstraints.reports.html import build_cases, write_report
 from medconstraints.reports.montage import ReportCase
+from medconstraints.reports.page import build_cases, write_report
 
 VOID = {"meta", "img", "col", "br", "link", "input"}
 HOSTILE = "<script>alert('x')</script> & \"co\""
@@ -88,6 +90,7 @@ def test_rows_span_equal_columns(results, tmp_path):
 def test_everything_is_escaped(results, tmp_path):
     hostile = json.loads(json.dumps(results).replace("case_00", "&lt;<i>case_00").replace('"head"', '"<b>head"'))
     hostile["provenance"]["command"] = ["python", HOSTILE]
+    hostile["settings"] = {"settings": {"name": HOSTILE}}
     text = write_report([], tmp_path / "r.html", title=HOSTILE, results=hostile, notes=[HOSTILE]).read_text()
     page = Page(text)
     assert not {"script", "i", "b"} & {tag for tag, _ in page.tags}
@@ -102,7 +105,7 @@ def test_cases_without_results(tmp_path):
         ReportCase("c", tmp_path),
     ]
     page = Page(write_report(cases, tmp_path / "r.html", title="T").read_text())
-    assert page.text("td") == ["0.512", "–", "–", "1.000", "–", "–"]  # noqa: RUF001
+    assert page.text("td") == ["0.512", "-", "-", "1.000", "-", "-"]
     Page(write_report(cases[2:], tmp_path / "c.html", title="T").read_text())
 
 
@@ -130,36 +133,40 @@ def test_cases_span_the_scores(study, results):
         build_cases("data/list.json", "test", "out", results={**results, "cases": results["cases"][:2]})
 
 
-def test_command_line(study, results, capsys):
+def test_command(study, results, capsys):
     evaluation.write_results(results, "r.json")
-    command = ["--datalist", "data/list.json", "--section", "test", "--predictions", "out", "--results", "r.json"]
-    command += ["--output", "o/r.html", "--montage", "o/m.png"]
-    report.main([*command, "--boxes-axis", "2", "--note", "Boxes of every slice."])
+    command = ["report", "--datalist", "data/list.json", "--section", "test", "--predictions", "out"]
+    command += ["--results", "r.json", "--output", "o/r.html", "--montage", "o/m.png"]
+    assert main([*command, "--boxes-axis", "2", "--notes", "Boxes of every slice, and more."]) == 0
     assert capsys.readouterr().out.split() == ["o/m.png", "o/r.html"]
     page = Page((study / "o" / "r.html").read_text())
     assert page.text("h1") == ["list, test"]
-    assert page.text("li")[0] == "Boxes of every slice."
-    with pytest.raises(SystemExit) as stop:
-        report.main(command)
-    assert stop.value.code == 2
+    assert page.text("li")[0] == "Boxes of every slice, and more."
+    assert main(command) == 2
     assert "exists" in capsys.readouterr().err
     (study / "r.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        report.main([*command, "--overwrite"])
-    assert "lacks ['cases', 'summary', 'provenance']" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 2
+    assert "lacks ['cases', 'summary']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("codes", ["RAS", "PSR", "LPS"])
 def test_boxes_of_slices_lie_across_an_axis_of_ras(tmp_path, codes):
-    """However the volume is stored, slice axis 2 gives flat boxes across the axis that runs to superior."""
+    """However the image is stored, slice axis 2 gives flat boxes across its axis that runs to superior."""
     label = np.zeros((6, 7, 8), np.uint8)
     label[2:4, 1:5, 3:6] = 1
     start = nib.orientations.axcodes2ornt(tuple("RAS"))
     turn = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(codes)))
-    volume = nib.Nifti1Image(label, np.eye(4)).as_reoriented(turn)
-    nib.save(volume, tmp_path / "label.nii.gz")
-    boxes = report._boxes(tmp_path / "label.nii.gz", tmp_path / "label.nii.gz", 2)
-    extents = boxes[:, 4:] - boxes[:, 1:4]
+    image = nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])).as_reoriented(turn)
+    nib.save(image, tmp_path / "image.nii.gz")
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "label.nii.gz")
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "image_seg.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "image.nii.gz", "label": "label.nii.gz"}]}))
+    results = {"cases": [{"name": "image"}], "summary": {}}
+    (case,) = build_cases(tmp_path / "list.json", "test", tmp_path, results=results, slice_axis=2)
+    boxes = np.asarray(case.boxes)
     superior = next(axis for axis, code in enumerate(codes) if code in "SI")
-    assert len(boxes) == 3
-    assert (extents[:, superior] == 1).all() and (np.delete(extents, superior, axis=1) > 1).all()
+    assert len(boxes) == 3 and ((boxes[:, 4:] - boxes[:, 1:4])[:, superior] == 1).all()
+    inside = np.zeros(image.shape, bool)
+    for row in boxes:
+        inside[tuple(map(slice, row[1:4], row[4:]))] = True
+    np.testing.assert_array_equal(inside, np.asarray(image.dataobj) == 1)
