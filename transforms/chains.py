@@ -42,7 +42,7 @@ def reading_transforms(
     num_classes: int,
     label_key: str | None = "label",
     other_label_keys: Sequence[str] = (),
-    spacing_mm: Sequence[float] = (-1.0, -1.0, -1.0),
+    spacing_mm: Sequence[float] | None = None,
     axcodes: str = "RAS",
     spatial_dims: int = 3,
     nonzero: bool = False,
@@ -55,7 +55,7 @@ def reading_transforms(
         num_classes: classes of the label with the background.
         label_key: key of the label; None when there never is one.
         other_label_keys: keys of further label maps on the same grid, such as scribbles; their values are not checked.
-        spacing_mm: voxel spacing to resample to, one value per axis after orientation; -1 keeps an axis as it is.
+        spacing_mm: voxel spacing to resample to, one value per axis after orientation; -1 keeps an axis, None all.
         axcodes: orientation of volumes.
         spatial_dims: 3, or 2 for images, which keep their orientation.
         nonzero: normalise the voxels that are not 0 alone, for images whose background was set to 0.
@@ -69,7 +69,7 @@ def reading_transforms(
     ]
     if spatial_dims == 3:
         chain.append(Orientationd(keys, axcodes=axcodes, labels=None, allow_missing_keys=True))
-    if any(step > 0 for step in spacing_mm):
+    if spacing_mm is not None and any(step > 0 for step in spacing_mm):
         chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
     normalize = NormalizeIntensityd("image", nonzero=checks.flag("nonzero", nonzero), channel_wise=True)
     return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]

@@ -103,7 +103,7 @@ def check_options() -> None:
             for word in sys.argv[1:]
             if "#" in word.partition("=")[2] or ("#" in word and not word.startswith(("-", "$", "@", "%")))
         ]
-    known = ConfigParser.load_config_files(call.files)
+    known = _known(call)
     given = call.options if call.options is not None else _changed(call.parser, known)
     faults += [fault for name, value in given.items() for fault in _faults(name, value, known)]
     if faults:
@@ -121,7 +121,7 @@ def run_settings() -> dict[str, Any]:
         return {}
     config = {key: value for key, value in call.parser.config.items() if key not in NOT_SETTINGS | FREE_TO_CHANGE}
     config["train"] = {key: value for key, value in config.get("train", {}).items() if key not in FREE_IN_TRAIN}
-    settings = {name: _resolved(call.parser, name, value) for name, value in _leaves(config)}
+    settings = dict(_leaves(config))
     datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if isinstance(datalist, str) and Path(datalist).is_file():
         cases = json.loads(Path(datalist).read_text(encoding="utf-8")).get("training")
@@ -143,20 +143,19 @@ def start_run(output_dir: str | Path) -> None:
     write_settings(check_run_dir(output_dir))
 
 
-def start_inference(volumes: Any, output_dir: str | Path, weights: str | Path) -> None:
-    """Before an inference: stop if the volumes are not there, and write `settings.json` among the masks.
+def start_inference(volumes: Any, output_dir: str | Path) -> None:
+    """Before an inference: stop if the volumes are not there, and remove the settings of a former run.
 
     Args:
         volumes: of `inference_items`.
-        output_dir: folder of the masks.
-        weights: file of weights.
+        output_dir: folder of the masks; `write_settings` follows when all are done.
 
     Raises:
         OSError: the error that `inference_items` met.
     """
     if isinstance(volumes, MissingData):
         raise volumes.error
-    write_settings(output_dir, weights)
+    (Path(output_dir) / SETTINGS_FILE).unlink(missing_ok=True)
 
 
 def write_settings(folder: str | Path, weights: str | Path | None = None) -> None:
@@ -224,6 +223,16 @@ def _options(local: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {name: value for name, value in local["kwargs"].items() if value is None}
     own = inspect.signature(ConfigWorkflow).parameters
     return {name: value for name, value in {**local["_args"], **dropped}.items() if name not in own}
+
+
+def _known(call: _Call) -> dict[str, Any]:
+    """The config as its files have it."""
+    if call.options is not None:
+        known: dict[str, Any] = ConfigParser.load_config_files(call.files)
+        return known
+    # Which files were laid over which is unknown: the names of all their entries, "a" of "a#b".
+    contents = [json.loads(Path(file).read_text(encoding="utf-8")) for file in call.files]
+    return {key.split("#")[0]: value for content in contents for key, value in content.items()}
 
 
 def _changed(parser: ConfigParser, known: Mapping[str, Any]) -> dict[str, Any]:

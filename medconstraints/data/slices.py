@@ -173,9 +173,9 @@ class VolumeBatchSampler(Sampler[list[int]]):
     """Batches of all slices of one volume, in their order, for constraints on whole volumes (thesis, section 2.4.4).
 
     Give it as `DataLoader(dataset, batch_sampler=...)`. The order of the volumes is a function of `seed` and the epoch
-    alone, so that a resumed run goes on with the batches of the uninterrupted one; attach
-    `SamplerEpochHandler(batch_sampler)` to the trainer, or call `set_epoch` yourself: without it every epoch has the
-    order of epoch 0. A volume without slices (all dropped) gives no batch.
+    alone, so that a resumed run goes on with the batches of the uninterrupted one; attach `EpochSeedHandler` to the
+    trainer, or call `set_epoch` yourself: without it every epoch has the order of epoch 0. A volume without slices (all
+    dropped) gives no batch.
 
     Args:
         dataset: the data set.

@@ -13,7 +13,6 @@ from medconstraints.handlers.monitors import (
 from medconstraints.handlers.resume import (
     EpochSeedHandler,
     ResumeHandler,
-    SamplerEpochHandler,
     SaveBestHandler,
     SaveLatestHandler,
     Stateful,
@@ -29,7 +28,6 @@ __all__ = [
     "RequireFiniteLossHandler",
     "RequireTargetsHandler",
     "ResumeHandler",
-    "SamplerEpochHandler",
     "SaveBestHandler",
     "SaveLatestHandler",
     "Stateful",

@@ -19,13 +19,16 @@ from monai.handlers import (
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from medconstraints import checks
+from medconstraints.handlers.constraints import ConstraintMetricsHandler
 from medconstraints.handlers.monitors import (
     LossTermsHandler,
     RequireFiniteLossHandler,
     RequireTargetsHandler,
     StepFormulationHandler,
 )
+from medconstraints.handlers.parts import parts_of
 from medconstraints.handlers.resume import EpochSeedHandler, ResumeHandler, SaveBestHandler, SaveLatestHandler, Stateful
+from medconstraints.losses.base import ConstrainedLoss
 
 __all__ = ["HandlerList", "training_handlers", "validation_handlers"]
 
@@ -71,6 +74,15 @@ class _Validation(ValidationHandler):
             self.plateau.step(state.metrics[state.key_metric_name])
 
 
+class _ConstraintMetrics(ConstraintMetricsHandler):
+    """Metrics of the constraints that the trained loss has; none for a loss without."""
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a trainer."""
+        if any(isinstance(part.loss, ConstrainedLoss) for part in parts_of(engine.loss_function).values()):
+            super().attach(engine)
+
+
 def training_handlers(
     *,
     evaluator: Evaluator,
@@ -85,7 +97,8 @@ def training_handlers(
     """Handlers of a trainer, in an order in which they work together.
 
     What they need of network, optimizer, loss and data they take from the trainer: the terms of the loss are logged,
-    its formulations stepped after each epoch, boxes and weak labels that it reads must be there (see
+    and what its constraints do (`ConstraintMetricsHandler`, prefix "train_", `output_dir/constraints.csv`); its
+    formulations are stepped after each epoch, boxes and weak labels that it reads must be there (see
     `RequireTargetsHandler`), and the states of all are kept for a resumed run. In distributed training only process 0
     logs and saves.
 
@@ -97,9 +110,9 @@ def training_handlers(
         lr_scheduler: stepped after each epoch; a `ReduceLROnPlateau` after each validation, with the evaluator's key
             metric (`mode="max"` for a Dice).
         val_interval: epochs between validations.
-        monitors: name -> handler that looks at the epoch before the formulations are stepped, such as
-            `ConstraintMetricsHandler`, and `DualPassHandler` behind it; None leaves one out, as an overlay may. Or a
-            list of them. The state of a `Stateful` one is kept for a resumed run.
+        monitors: name -> further handler that looks at the epoch before the formulations are stepped, such as
+            `DualPassHandler`; None leaves one out, as an overlay may. Or a list of them. The state of a `Stateful` one
+            is kept for a resumed run. A `ConstraintMetricsHandler` among them stands in for the one above.
         objects: name -> further object whose state is kept, see `ResumeHandler`.
         settings: what must not change when the run is resumed, see `ResumeHandler`.
 
@@ -108,6 +121,8 @@ def training_handlers(
     """
     checks.whole_number("val_interval", val_interval, 1)
     named = _named(monitors)
+    if not any(isinstance(monitor, ConstraintMetricsHandler) for monitor in named.values()):
+        named = {"constraints": _ConstraintMetrics(csv_path=f"{output_dir}/constraints.csv", prefix="train_"), **named}
     validate = evaluator.state.epoch_length != 0
     plateau = lr_scheduler if isinstance(lr_scheduler, ReduceLROnPlateau) else None
     handlers: list[Any] = [EpochSeedHandler(seed), RequireTargetsHandler(), RequireFiniteLossHandler()]

@@ -18,12 +18,13 @@ from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer, Trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
+
+from medconstraints.data.slices import VolumeBatchSampler
 
 __all__ = [
     "EpochSeedHandler",
     "ResumeHandler",
-    "SamplerEpochHandler",
     "SaveBestHandler",
     "SaveLatestHandler",
     "Stateful",
@@ -59,7 +60,7 @@ def _unwrapped(obj: Any) -> Any:
 
 
 class EpochSeedHandler:
-    """Seeds torch, numpy and the random transforms of a trainer's data from the epoch's number at its start.
+    """Seeds torch, numpy, samplers and the random transforms of a trainer's data from the epoch at its start.
 
     A run that resumes at epoch k then draws what the uninterrupted run drew there. Epochs differ from each other, and
     so do the processes of distributed training.
@@ -81,23 +82,12 @@ class EpochSeedHandler:
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - transforms of other packages draw from the global generator
         random.seed(seed)
-        if isinstance(engine.state.dataloader, DataLoader):
-            set_rnd(engine.state.dataloader.dataset, seed=seed)
-
-
-class SamplerEpochHandler:
-    """Tells a sampler with `set_epoch`, such as MONAI's `DistributedSampler`, the epoch, by which it shuffles."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Set the epoch."""
-        self.sampler.set_epoch(engine.state.epoch)
+        loader = engine.state.dataloader
+        if isinstance(loader, DataLoader):
+            set_rnd(loader.dataset, seed=seed)
+            for sampler in (loader.sampler, loader.batch_sampler):
+                if isinstance(sampler, DistributedSampler | VolumeBatchSampler):
+                    sampler.set_epoch(engine.state.epoch)  # they shuffle by it
 
 
 class SaveBestHandler:

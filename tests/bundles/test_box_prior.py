@@ -42,7 +42,7 @@ TRAIN = SHARED | {
     "batch_size": 2,
     "num_workers": 0,
     "slice_axis": 2,
-    "size_bounds": [0.4, 0.9],
+    "filling": [0.4, 0.9],
     "jitter_voxels": 1,
     "seed": 3,
 }
@@ -106,7 +106,7 @@ def chain(error):
 
 def weights_of(folder, name="last.pt"):
     state = torch.load(folder / name, weights_only=True)
-    return state["network"] if name == "last.pt" else state
+    return state["objects"]["network"] if name == "last.pt" else state
 
 
 def same_weights(one, two):
@@ -123,7 +123,7 @@ def scalars(folder):
 
 
 def test_training_writes_weights_state_and_logs(trained):
-    assert {path.name for path in trained.iterdir()} == {"last.pt", "model.pt", "tensorboard"}
+    assert {path.name for path in trained.iterdir()} == {"last.pt", "model.pt", "settings.json", "tensorboard"}
     values = scalars(trained)
     terms = [f"train_box_prior{part}" for part in ("", "_tightness", "_size", "_emptiness")]
     shares = [f"train_box_prior_satisfied_{name}" for name in ("tightness", "size")]
@@ -141,7 +141,7 @@ def test_best_weights_are_those_of_the_best_epoch(trained):
     state = torch.load(trained / "last.pt", weights_only=True)
     assert state["evaluator"]["best_metric"] == pytest.approx(max(values))
     assert state["evaluator"]["best_metric_epoch"] == 1 + int(np.argmax(values))
-    assert same_weights(weights_of(trained, "model.pt"), state["network"]) == (np.argmax(values) == 1)
+    assert same_weights(weights_of(trained, "model.pt"), state["objects"]["network"]) == (np.argmax(values) == 1)
 
 
 def test_an_interrupted_run_resumes_exactly(bundle, run_bundle, make_workflow, cohort, tmp_path):
@@ -166,13 +166,13 @@ def test_an_interrupted_run_resumes_exactly(bundle, run_bundle, make_workflow, c
     again = run_bundle(bundle, **options("cut"))
     assert again.trainer.state.epoch == 4
     one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
-    assert same_weights(one["network"], two["network"])
+    assert same_weights(one["objects"]["network"], two["objects"]["network"])
     assert one["evaluator"] == two["evaluator"]
-    assert one["lr_scheduler"]["last_epoch"] == two["lr_scheduler"]["last_epoch"] == 4
+    assert one["objects"]["lr_scheduler"]["last_epoch"] == two["objects"]["lr_scheduler"]["last_epoch"] == 4
     assert same_weights(*(weights_of(tmp_path / name, "model.pt") for name in ("whole", "cut")))
     # What is drawn matters: another seed ends elsewhere.
     run_bundle(bundle, **options("other", seed=4))
-    assert not same_weights(one["network"], weights_of(tmp_path / "other"))
+    assert not same_weights(one["objects"]["network"], weights_of(tmp_path / "other"))
 
 
 def test_a_finished_run_stays_as_it_is(bundle, run_bundle, cohort, trained, tmp_path):
@@ -183,7 +183,7 @@ def test_a_finished_run_stays_as_it_is(bundle, run_bundle, cohort, trained, tmp_
 
 
 def test_full_supervision(bundle, run_bundle, cohort, tmp_path):
-    options = {key: value for key, value in TRAIN.items() if key not in ("slice_axis", "size_bounds", "jitter_voxels")}
+    options = {key: value for key, value in TRAIN.items() if key not in ("slice_axis", "filling", "jitter_voxels")}
     run_bundle(bundle, ["train", "full_supervision"], dataset_dir=cohort.parent, output_dir=tmp_path, **options)
     values = scalars(tmp_path)
     assert len(values["val_mean_dice"]) == 2
@@ -264,7 +264,7 @@ def test_box_files_of_other_classes(bundle, run_bundle, own_cohort, tmp_path, cl
 
 
 def test_boxes_of_two_classes(bundle, run_bundle, two_class_cohort, tmp_path):
-    options = TRAIN | {"num_classes": 3, "size_bounds": [[0.3, 0.8], [0.4, 0.9]]}
+    options = TRAIN | {"num_classes": 3, "filling": [[0.3, 0.8], [0.4, 0.9]]}
     workflow = run_bundle(bundle, dataset_dir=two_class_cohort.parent, output_dir=tmp_path, **options)
     assert workflow.network_def(torch.zeros(1, 1, 16, 16, 16)).shape[1] == 3
     assert len(scalars(tmp_path)["val_mean_dice"]) == 2
@@ -332,7 +332,7 @@ def test_a_run_of_other_settings_is_not_taken_over(bundle, run_bundle, own_cohor
     before = (output / "last.pt").read_bytes()
     folder = own_cohort()
     for change, expected in (
-        ({"seed": 4, "size_bounds": [0.3, 0.9]}, "seed was 3, is 4; size_bounds was [0.4, 0.9], is [0.3, 0.9]"),
+        ({"seed": 4, "filling": [0.3, 0.9]}, "filling was [0.4, 0.9], is [0.3, 0.9]; seed was 3, is 4"),
         ({"slice_axis": None}, "slice_axis was 2, is None"),
     ):
         with pytest.raises(RuntimeError, match="Failed to") as caught:
@@ -360,7 +360,7 @@ def test_each_process_gets_the_device_of_its_local_rank(bundle, monkeypatch):
     parser = ConfigParser()
     parser.read_config([str(bundle / "configs" / f"{name}.json") for name in ("train", "multi_gpu_train")])
     assert parser.get_parsed_content("device") == torch.device("cuda:1")
-    parser.get_parsed_content("initialize#0")
+    parser.get_parsed_content("initialize#1")
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -422,6 +422,7 @@ def test_masks_have_the_geometry_of_their_input(infer, volumes, spacing_mm):
     masks = infer(volumes, spacing_mm=spacing_mm)
     assert {path.name for path in masks.iterdir()} == {
         "inference.json",
+        "settings.json",
         *(f"{code}_seg.nii.gz" for code in ("RAS", "LPS", "PSR")),
     }
     in_ras = []
@@ -466,7 +467,7 @@ def test_unusual_names(infer, volumes, tmp_path, name):
     nib.save(image, folder / name)
     masks = infer(folder)
     stem = name.removesuffix(".gz").removesuffix(".nii")
-    assert {path.name for path in masks.iterdir()} == {"inference.json", f"{stem}_seg.nii.gz"}
+    assert {path.name for path in masks.iterdir()} == {"inference.json", "settings.json", f"{stem}_seg.nii.gz"}
 
 
 def test_bad_files_do_not_stop_the_others(infer, volumes, tmp_path):
@@ -542,7 +543,7 @@ def test_a_failing_volume_keeps_no_mask_that_looks_new(infer, volumes, tmp_path)
     for name in ("RAS_seg.nii.gz", "LPS_seg.nii.gz"):
         (masks / name).write_bytes(b"old")
     infer(folder, overwrite=True)
-    names = {"inference.json", "LPS_seg.nii.gz", "PSR_seg.nii.gz", "RAS_seg.nii.gz.old"}
+    names = {"inference.json", "settings.json", "LPS_seg.nii.gz", "PSR_seg.nii.gz", "RAS_seg.nii.gz.old"}
     assert {path.name for path in masks.iterdir()} == names
     assert nib.load(masks / "LPS_seg.nii.gz").shape == SHAPE
 

@@ -31,7 +31,7 @@ TINY = {
         "dropout": 0.1,
     },
     "slice_axis": 2,
-    "size_bounds": [0.4, 0.9],
+    "filling": [0.4, 0.9],
     "val_interval": 1,
     "batch_size": 2,
 }

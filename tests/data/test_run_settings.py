@@ -174,5 +174,5 @@ def test_volumes_that_are_not_there_stop_an_inference_before_it_writes(tmp_path)
     volumes = inference_items(tmp_path / "nothing", output_dir=tmp_path / "masks")
     assert len(volumes) == 1
     with pytest.raises(FileNotFoundError, match="nothing"):
-        start_inference(volumes, tmp_path / "masks", tmp_path / "model.pt")
+        start_inference(volumes, tmp_path / "masks")
     assert not (tmp_path / "masks").exists()

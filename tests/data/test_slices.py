@@ -13,7 +13,7 @@ from monai.data.utils import set_rnd
 from monai.transforms import Lambdad, RandFlipd, RandGaussianNoised
 
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
-from medconstraints.handlers.resume import SamplerEpochHandler
+from medconstraints.handlers import EpochSeedHandler
 from medconstraints.transforms import LoadVolumed
 
 SHAPES = [(6, 5, 4), (7, 6, 3), (4, 8, 9)]
@@ -264,7 +264,7 @@ def test_resumed_run_gets_the_batches_of_the_whole_run():
         seen = []
         trainer = Engine(lambda engine, batch: seen.append((engine.state.epoch, batch["volume"][0].item())))
         sampler = VolumeBatchSampler(dataset, seed=5)
-        SamplerEpochHandler(sampler).attach(trainer)
+        EpochSeedHandler(0).attach(trainer)
         loader = DataLoader(dataset, batch_sampler=sampler)
         if start:
             trainer.load_state_dict({"epoch": start, "max_epochs": 4, "epoch_length": len(loader)})

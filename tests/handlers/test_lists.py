@@ -121,7 +121,7 @@ def test_a_restart_ends_like_an_uninterrupted_run(make_run, tmp_path):
     again = make_run(folder="cut", max_epochs=4)
     again.run()
     one, two = (saved(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    assert set(one["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "counter"}
+    assert set(one["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "constraints", "counter"}
     assert one["trainer"] == two["trainer"] == {"epoch": 4, "iteration": 12}
     assert one["evaluator"] == two["evaluator"]
     assert all(torch.equal(one["objects"]["network"][k], two["objects"]["network"][k]) for k in ("0.weight", "0.bias"))
@@ -181,7 +181,7 @@ def test_stages_settings_and_further_objects(make_run, tmp_path):
     """Each stage of a method has its folder; what is named is kept, and settings are compared."""
     make_run(folder="out/first", max_epochs=1, monitors=[], objects={"teacher": nn.Linear(1, 1)}).run()
     state = saved(tmp_path / "out" / "first" / "last.pt")
-    assert set(state["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "teacher"}
+    assert set(state["objects"]) == {"network", "optimizer", "loss", "lr_scheduler", "constraints", "teacher"}
     make_run(folder="out/second", max_epochs=1, settings={"seed": 0}).run()
     make_run(folder="out/second", max_epochs=2, settings={"seed": 0}).run()
     with pytest.raises(RuntimeError, match="other settings: seed was 0, is 1"):

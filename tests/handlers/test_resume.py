@@ -18,7 +18,6 @@ from medconstraints.formulations import LogBarrierExtension
 from medconstraints.handlers import (
     EpochSeedHandler,
     ResumeHandler,
-    SamplerEpochHandler,
     SaveBestHandler,
     SaveLatestHandler,
 )
@@ -79,11 +78,12 @@ def test_any_seed_and_any_data():
     assert engine.run([0], max_epochs=5).output == first
 
 
-def test_sampler_is_told_the_epoch():
+def test_sampler_of_distributed_training_is_told_the_epoch():
+    sampler = torch.utils.data.DistributedSampler(range(4), num_replicas=1, rank=0)
     epochs = []
-    engine = Engine(lambda engine, batch: None)
-    SamplerEpochHandler(type("Sampler", (), {"set_epoch": lambda self, epoch: epochs.append(epoch)})()).attach(engine)
-    engine.run([0, 0], max_epochs=3)
+    engine = Engine(lambda engine, batch: epochs.append(sampler.epoch))
+    EpochSeedHandler(0).attach(engine)
+    engine.run(DataLoader(Dataset([0, 1, 2, 3]), batch_size=4, sampler=sampler), max_epochs=3)
     assert epochs == [1, 2, 3]
 
 
