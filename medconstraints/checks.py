@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = [
     "affine_spacing",
     "bounds",
     "choice",
+    "class_numbers",
     "flag",
     "fully_labelled",
     "label_map",
@@ -101,6 +102,21 @@ def spacing(values: Sequence[float] | Tensor | None, dims: int) -> tuple[float, 
     if len(steps) != dims or not all(0 < step < math.inf for step in steps):
         raise ValueError(f"spacing_mm: expected {dims} positive finite values, one per axis, got {list(steps)}.")
     return steps
+
+
+def class_numbers(classes: Sequence[Any] | None, num_classes: int) -> list[int]:
+    """Numbers of some of the classes 0..num_classes - 1, in this order; None gives all.
+
+    Raises:
+        ValueError: none, or one that is no such number.
+    """
+    if classes is None:
+        return list(range(num_classes))
+    numbers = list(classes)
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+    if not numbers or not whole or not all(0 <= number < num_classes for number in numbers):
+        raise ValueError(f"classes: expected class numbers 0..{num_classes - 1}, got {numbers!r}.")
+    return [int(number) for number in numbers]
 
 
 def one_key(keys: Hashable | Iterable[Hashable]) -> Hashable:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,14 +12,16 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from medconstraints.checks import label_name
-from medconstraints.distance.maps import check_options, signed_distance, signed_distance_map
+from medconstraints import checks
+from medconstraints.distance.measures import Euclidean, Geodesic
 from medconstraints.distance.provenance import RECORD, check_not_resampled, record, spacing_now
 
 __all__ = ["DecodeDistanceMapd", "SignedDistanceMapd"]
 
 SHEAR = 0.01  # largest cosine between two axes that are taken to be perpendicular
 STORAGE = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+_DEFAULT = Euclidean()
 
 
 class SignedDistanceMapd(MapTransform):
@@ -38,24 +39,23 @@ class SignedDistanceMapd(MapTransform):
 
     Args:
         keys: key of the label: class numbers (1, *S), or masks (C, *S), which may overlap, for networks with a sigmoid.
+            With a `Geodesic` measure also a weak label (1, *S), points or scribbles.
         map_key: key of the map, (C, *S), or (len(classes), *S).
-        spacing_key: key of the spacing; None to leave it out.
         num_classes: classes of the label with the background, C; or masks, C.
         classes: those that get a map, in this order, for networks with other channels: [1] for one foreground channel.
             None for all.
-        slice_axis: None for distances in the volume; an axis for distances within each slice across it.
-        convention: "boundary", "voxel" or "published", see `medconstraints.distance.signed_distance_map`.
-        clip_mm: largest distance; also saves most of the work for small objects. None for no limit.
+        measure: how distances are measured: `medconstraints.distance.Euclidean` straight, or
+            `medconstraints.distance.Geodesic` along an image.
+        image_key: key of the image (M, *S), for a `Geodesic` measure.
         storage: "float32"; "float16", at half the memory, with an error of at most 1/2048 of a value; "int8", at a
-            quarter, with an error of at most clip_mm / 254 (give clip_mm), to be decoded by `DecodeDistanceMapd`.
+            quarter, with an error of at most clip_mm / 254 (the measure's `clip_mm`), to be decoded by
+            `DecodeDistanceMapd`.
         spacing_mm: voxel spacing, one value per axis; None takes it from the affine.
-        image_key: of an image (M, *S), for distances that follow it, see
-            `medconstraints.distance.signed_geodesic_distance`; None for straight distances.
-        image_weight: mm for one unit of intensity, with `image_key`.
-        backend: see `medconstraints.distance.signed_distance_map`.
+        spacing_key: key of the spacing; None to leave it out.
         allow_missing_keys: leave items without a label as they are.
 
     Raises:
+        TypeError: `measure` is neither of both.
         ValueError: an argument is outside its range.
 
     Example:
@@ -69,133 +69,92 @@ class SignedDistanceMapd(MapTransform):
         keys: KeysCollection = "label",
         map_key: str = "distance_map",
         *,
-        spacing_key: str | None = "spacing_mm",
         num_classes: int,
         classes: Sequence[int] | None = None,
-        slice_axis: int | None = None,
-        convention: str = "boundary",
-        clip_mm: float | None = None,
+        measure: Euclidean | Geodesic = _DEFAULT,
+        image_key: str = "image",
         storage: str = "float32",
         spacing_mm: Sequence[float] | None = None,
-        image_key: str | None = None,
-        image_weight: float = 0.0,
-        backend: str = "auto",
+        spacing_key: str | None = "spacing_mm",
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if len(self.keys) != 1:
-            raise ValueError(f"keys: expected the key of one label, got {list(self.keys)}; use one transform for each.")
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected an integer of at least 1, got {num_classes!r}.")
-        chosen = list(range(num_classes)) if classes is None else list(classes)
-        if not chosen or not all(isinstance(number, int) and 0 <= number < num_classes for number in chosen):
-            raise ValueError(f"classes: expected class numbers 0..{num_classes - 1}, got {classes!r}.")
-        check_options(convention, clip_mm, backend)
+        super().__init__(checks.one_key(keys), allow_missing_keys)
+        if not isinstance(measure, (Euclidean, Geodesic)):
+            raise TypeError(f"measure: expected Euclidean(...) or Geodesic(...), got {type(measure).__name__}.")
         if storage not in STORAGE:
             raise ValueError(f"storage: expected one of {', '.join(STORAGE)}, got {storage!r}.")
-        if storage == "int8" and clip_mm is None:
-            raise ValueError('clip_mm: expected the largest distance for storage "int8", whose 127 steps it sets.')
-        if not 0 <= image_weight < math.inf or (image_weight and image_key is None):
+        if storage == "int8" and measure.clip_mm is None:
             raise ValueError(
-                f"image_weight: expected a number of mm >= 0, and 0 without image_key, got {image_weight!r}."
-            )
-        if image_key is not None and (convention != "boundary" or backend not in ("auto", "numba", "scipy")):
-            raise ValueError(
-                'image_key: distances along an image have the convention "boundary" and the backend "numba" or '
-                f'"scipy", got {convention!r} and {backend!r}.'
+                'clip_mm: expected a largest distance of the measure for storage "int8", whose steps it sets.'
             )
         self.map_key = map_key
-        self.spacing_key = spacing_key
-        self.num_classes = num_classes
-        self.classes = chosen
-        self.slice_axis = slice_axis
-        self.convention = convention
-        self.clip_mm = clip_mm
-        self.storage = storage
-        self.spacing_mm = None if spacing_mm is None else [float(step) for step in spacing_mm]
+        self.num_classes = checks.whole_number("num_classes", num_classes, least=1)
+        self.classes = checks.class_numbers(classes, self.num_classes)
+        self.measure = measure
         self.image_key = image_key
-        self.image_weight = image_weight
-        self.backend = backend
+        self.storage = storage
+        self.spacing_mm = None if spacing_mm is None else checks.spacing(spacing_mm, len(spacing_mm))
+        self.spacing_key = spacing_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the map to a copy of `data`."""
         item = dict(data)
         for key in self.key_iterator(item):
-            image = None if self.image_key is None else item[self.image_key]
-            name = label_name(item[key], key)
-            label = item[key]
-            self._check_shape(label, name)
-            spacing = self.spacing_mm if self.spacing_mm is not None else _spacing(label, name)
-            item[self.map_key] = self._map(label, name, image, spacing)
+            label, image = item[key], item[self.image_key] if isinstance(self.measure, Geodesic) else None
+            name = checks.label_name(label, key)
+            try:
+                self._check(label)
+                spacing = _affine_spacing(label) if self.spacing_mm is None else self.spacing_mm
+                item[self.map_key] = self._map(label, image, spacing)
+            except ValueError as error:
+                text = str(error)
+                raise ValueError(text if text.startswith(f"{name}: ") else f"{name}: {text}") from error
             if self.spacing_key is not None:
                 item[self.spacing_key] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
-    def _check_shape(self, label: Any, name: str) -> None:
+    def _check(self, label: Any) -> None:
         if label.ndim not in (3, 4) or label.shape[0] not in (1, self.num_classes):
             raise ValueError(
-                f"{name}: expected a label map (1, *S) of class numbers, or {self.num_classes} masks "
-                f"({self.num_classes}, *S), one for each class, got shape {tuple(label.shape)}; use "
-                "EnsureChannelFirstd before, or set num_classes."
+                f"expected a label map (1, *S) of class numbers, or {self.num_classes} masks ({self.num_classes}, *S), "
+                f"one for each class, got shape {tuple(label.shape)}; use EnsureChannelFirstd before, or set "
+                "num_classes."
             )
+        if self.storage == "int8" and not isinstance(label, MetaTensor):
+            raise ValueError('expected a MetaTensor for storage "int8", whose step its meta data keep.')
 
-    def _map(self, label: Any, name: str, image: Any, spacing: Sequence[float]) -> Tensor:
-        if not isinstance(label, MetaTensor) and self.storage == "int8":
-            raise ValueError(f'{name}: expected a MetaTensor for storage "int8", whose step its meta data keep.')
-        plain = label.as_tensor() if isinstance(label, MetaTensor) else torch.as_tensor(label)
-        scale = 1.0 if self.storage != "int8" or self.clip_mm is None else self.clip_mm / 127
-        maps = torch.empty((len(self.classes), *plain.shape[1:]), dtype=STORAGE[self.storage], device=plain.device)
-        try:
-            # Stored in another type, one class after the other: never all of them in float32.
-            groups = [[number] for number in self.classes]
-            if self.storage == "float32" and not self._are_masks(plain):
-                groups = [self.classes]
-            done = 0
-            for group in groups:
-                distances = self._distances(plain, group, image, spacing)
-                if self.storage == "int8":
-                    distances = distances.div_(scale).round_()
-                maps[done : done + len(group)] = distances
-                done += len(group)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}" if name != "label" else str(error)) from error
+    def _map(self, label: Any, image: Any, spacing: Sequence[float]) -> Tensor:
+        values = torch.as_tensor(label) if not isinstance(label, Tensor) else checks.plain(label)
+        scale = 1.0 if self.storage != "int8" or self.measure.clip_mm is None else self.measure.clip_mm / 127
+        maps = torch.empty((len(self.classes), *values.shape[1:]), dtype=STORAGE[self.storage], device=values.device)
+        done = 0
+        for distances in self._distances(values, image, spacing):
+            if self.storage == "int8":
+                distances = distances.div_(scale).round_()
+            maps[done : done + len(distances)] = distances
+            done += len(distances)
         if not isinstance(label, MetaTensor):
             return maps
         result = MetaTensor(maps, meta=deepcopy(label.meta), applied_operations=deepcopy(label.applied_operations))
         result.meta[RECORD] = record(label.affine, spacing, scale)
         return result
 
-    def _distances(self, label: Tensor, classes: list[int], image: Any, spacing: Sequence[float]) -> Tensor:
-        """Maps (len(classes), *S), float32, of a label (1, *S), or of one class of masks (C, *S)."""
-        options: dict[str, Any] = {"slice_axis": self.slice_axis, "clip_mm": self.clip_mm, "backend": self.backend}
-        masks = self._are_masks(label)
-        if image is None and not masks:
-            return signed_distance_map(
-                label[0], self.num_classes, spacing, classes=classes, convention=self.convention, **options
-            )
-        if image is None:
-            return signed_distance(label[classes[0]], spacing, convention=self.convention, **options)[None]
-        # Imported here: most users need straight distances only.
-        from medconstraints.distance.geodesic import signed_geodesic_distance
-
-        values = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
-        if self.slice_axis is not None:
-            options["slice_axis"] = self.slice_axis % (label.ndim - 1)
-        maps = []
-        for number in classes:
-            # Refuses what is no label, once, and what is no mask; near the object alone, for the sake of time.
-            near: dict[str, Any] = {"slice_axis": self.slice_axis, "clip_mm": min(spacing)}
-            if masks:
-                signed_distance(label[number], spacing, **near)
-            elif number == classes[0]:
-                signed_distance_map(label[0], self.num_classes, spacing, classes=(number,), **near)
-            mask = label[number] > 0 if masks else label[0] == number
-            maps.append(signed_geodesic_distance(mask, values, spacing, image_weight=self.image_weight, **options))
-        return torch.stack(maps)
-
-    def _are_masks(self, label: Tensor) -> bool:
-        """One channel for each class, not class numbers."""
-        return len(label) == self.num_classes
+    def _distances(self, label: Tensor, image: Any, spacing: Sequence[float]) -> Iterator[Tensor]:
+        """Maps of all classes, float32, in parts (k, *S): stored in another type, never all of them at once."""
+        if len(label) == self.num_classes:  # masks
+            for number in self.classes:
+                mask = label[number]
+                if isinstance(self.measure, Geodesic):
+                    yield self.measure.of_mask(mask, checks.plain(torch.as_tensor(image)), spacing)[None]
+                else:
+                    yield self.measure.of_masks(mask[None], spacing)
+        elif isinstance(self.measure, Geodesic):
+            image = checks.plain(torch.as_tensor(image))
+            yield self.measure.of_label(label[0], image, self.num_classes, spacing, self.classes)
+        else:
+            groups = [self.classes] if self.storage == "float32" else [[number] for number in self.classes]
+            for group in groups:
+                yield self.measure.of_label(label[0], self.num_classes, spacing, group)
 
 
 class DecodeDistanceMapd(MapTransform):
@@ -225,9 +184,9 @@ class DecodeDistanceMapd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.keep_half = keep_half
         self.spacing_key = spacing_key
-        self.track_meta = track_meta
+        self.track_meta = checks.flag("track_meta", track_meta)
+        self.keep_half = checks.flag("keep_half", keep_half)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Decode the maps of a copy of `data`."""
@@ -252,27 +211,25 @@ class DecodeDistanceMapd(MapTransform):
         return item
 
 
-def _spacing(label: Any, name: str) -> list[float]:
+def _affine_spacing(label: Any) -> tuple[float, ...]:
     """Voxel spacing of a label (1, *S): lengths of the columns of its affine."""
     dims = label.ndim - 1
     if not isinstance(label, MetaTensor):
         raise ValueError(
-            f"{name}: expected a MetaTensor, whose affine tells the spacing, got {type(label).__name__}; load it with "
+            f"expected a MetaTensor, whose affine tells the spacing, got {type(label).__name__}; load it with "
             "LoadImaged, or give spacing_mm."
         )
-    affine = torch.as_tensor(label.affine, dtype=torch.float64).cpu()
-    columns = affine[:-1, :dims]
-    spacing: list[float] = columns.norm(dim=0).tolist()
-    volume = float(torch.linalg.matrix_rank(columns)) if bool(torch.isfinite(columns).all()) else 0
-    if volume < dims or not all(0 < step < math.inf for step in spacing):
+    columns = torch.as_tensor(label.affine, dtype=torch.float64).cpu()[:-1, :dims]
+    spacing = columns.norm(dim=0)
+    if not bool(torch.isfinite(columns).all()) or int(torch.linalg.matrix_rank(columns)) < dims:
         raise ValueError(
-            f"{name}: expected an affine with {dims} independent axes of finite length, got {columns.tolist()}; repair "
-            "the header, or give spacing_mm."
+            f"expected an affine with {dims} independent axes of finite length, got {columns.tolist()}; repair the "
+            "header, or give spacing_mm."
         )
-    angles = (columns.T @ columns) / torch.outer(columns.norm(dim=0), columns.norm(dim=0)) - torch.eye(dims)
-    if float(angles.abs().max()) > SHEAR:
+    cosines = columns.T @ columns / torch.outer(spacing, spacing) - torch.eye(dims)
+    if float(cosines.abs().max()) > SHEAR:
         raise ValueError(
-            f"{name}: expected an affine with perpendicular axes, got {columns.tolist()} (a tilted gantry?); resample "
-            "the image and the label to perpendicular axes, or give spacing_mm."
+            f"expected an affine with perpendicular axes, got {columns.tolist()} (a tilted gantry?); resample the "
+            "image and the label to perpendicular axes, or give spacing_mm."
         )
-    return spacing
+    return tuple(spacing.tolist())

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["signed_map"]
+__all__ = ["How", "signed_map"]
 
 CHECK_EVERY = 16  # shifts between two looks at whether a farther one can still matter, which makes the host wait
 
 
-def signed_map(
-    mask: Tensor,
-    spacing_mm: Sequence[float],
-    axes: Sequence[int],
-    *,
-    to_face: bool,
-    shift_inside_mm: float,
-    clip_mm: float | None,
-) -> Tensor:
+class How(NamedTuple):
+    """What is measured: to the faces between voxels or to centres, what is taken from distances inside, and a limit."""
+
+    to_face: bool
+    shift_inside_mm: float
+    clip_mm: float | None
+
+
+def signed_map(mask: Tensor, spacing_mm: Sequence[float], axes: Sequence[int], how: How) -> Tensor:
     """Signed distance (*S) of a boolean mask (*S) over some of its axes, 0 where a slice over them has one side only.
 
     Memory beyond the mask and the result: three volumes of float32.
     """
+    to_face, shift_inside_mm, clip_mm = how
     reach = math.inf if clip_mm is None else clip_mm + shift_inside_mm
     out = _distance(mask, spacing_mm, axes, to_face, reach)
     inside = _distance(~mask, spacing_mm, axes, to_face, reach)

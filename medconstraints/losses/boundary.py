@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from medconstraints.checks import number
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry, select_channels
 from medconstraints.losses.distance_target import DistanceMapCheck
-from medconstraints.losses.old_base import ProbabilityLoss, plain, softmax_is_shared
 
 __all__ = ["BoundaryLoss"]
 
@@ -23,7 +23,7 @@ class BoundaryLoss(ProbabilityLoss):
 
     An empty prediction is close to a saddle point: put a regional loss beside it, and raise its share with
     `AlphaSchedule`. Distances grow with the field of view; where that differs between images, limit them with the
-    `clip_mm` of the transform.
+    `clip_mm` of the map.
 
     Args:
         include_background: whether the channel 0 counts too. Its map is minus that of the foreground, if there is one
@@ -50,6 +50,9 @@ class BoundaryLoss(ProbabilityLoss):
         (-0.125, 0.0)
     """
 
+    target_keys = ("distance_map",)
+    weight: Tensor | None
+
     def __init__(
         self,
         *,
@@ -64,116 +67,52 @@ class BoundaryLoss(ProbabilityLoss):
         weight: Sequence[float] | Tensor | None = None,
         unit_mm: float = 1.0,
     ) -> None:
-        super().__init__(sigmoid=sigmoid, softmax=softmax, reduction=reduction)
-        if other_act is not None and not callable(other_act):
-            raise TypeError(f"other_act: expected a function or None, got {type(other_act).__name__}.")
-        if other_act is not None and (sigmoid or softmax):
-            raise ValueError("other_act: expected None beside sigmoid or softmax; choose one activation.")
-        if not 0 < unit_mm < math.inf:
-            raise ValueError(f"unit_mm: expected a number of millimetres > 0, got {unit_mm!r}.")
-        if classes is not None and (
-            not len(classes) or len(set(classes)) < len(classes) or any(int(n) != n or n < 0 for n in classes)
-        ):
-            raise ValueError(f"classes: expected different channel numbers >= 0, got {classes!r}.")
+        super().__init__(
+            include_background=include_background,
+            classes=classes,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+        )
         if weight is not None:
             weight = torch.as_tensor(weight, dtype=torch.float32)
             if weight.dim() != 1 or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
                 raise ValueError(f"weight: expected one finite number >= 0 for each class, got {weight.tolist()!r}.")
-        self.include_background = include_background
         self.to_onehot_y = to_onehot_y
-        self.other_act = other_act
         self.batch = batch
-        self.classes = None if classes is None else [int(number) for number in classes]
-        self.unit_mm = float(unit_mm)
-        self.weight: Tensor | None
+        self.unit_mm = number("unit_mm", unit_mm, above=0.0)
         self.register_buffer("weight", weight)
         self._checked_map = DistanceMapCheck()
 
-    def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor | Mapping[str, Tensor], *, probabilities: Probabilities | None = None
+    ) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: output of the network, (B, C, *S).
             target: distance map of each class, (B, C, *S), mm, as `SignedDistanceMapd` makes it; or a mapping that has
                 it as "distance_map", as `PrepareBatchTargets` gives it.
+            probabilities: of this input, if they are shared with other losses.
 
         Raises:
             ValueError: shapes do not fit, a label in place of a map, a stored map that was not decoded, or a map that
                 was resampled.
         """
-        input = plain(input)
-        self._check(input)
-        if isinstance(target, Mapping):
-            if not isinstance(target.get("distance_map"), Tensor):
-                raise ValueError(
-                    f'target: expected a distance map, or a mapping with the tensor "distance_map", got '
-                    f"{sorted(map(str, target))}; make it with SignedDistanceMapd and name its key in "
-                    "PrepareBatchTargets(target_keys=...)."
-                )
-            target = target["distance_map"]
-        target = self._checked_map(target, input.shape, "target")
         with torch.autocast(input.device.type, enabled=False):
-            channels = self._channels(input.shape[1])
-            probabilities = self._chosen(input, channels)
-            target = _select(target, channels).to(probabilities.dtype)
+            probabilities = probabilities or self.probabilities(input)
+            channels = self.channel_numbers(input.shape[1])
+            if self.weight is not None and len(self.weight) != len(channels):
+                raise ValueError(
+                    f"weight: expected {len(channels)} values, one for each of {channels}, got {len(self.weight)}."
+                )
+            distance = self._checked_map(one_entry(target, "distance_map"), input.shape)
+            chosen = probabilities.channels(channels)
+            products = chosen * select_channels(distance, channels).to(chosen.dtype)
             if self.reduction == "mean" and self.weight is None:
-                return (probabilities * target).sum() / (probabilities.numel() * self.unit_mm)
-            loss = (probabilities * target).flatten(2).mean(-1) / self.unit_mm
+                return products.sum() / (products.numel() * self.unit_mm)
+            cost = products.flatten(2).mean(-1) / self.unit_mm
             if self.weight is not None:
-                loss = loss * self.weight.to(loss)
-            if self.batch:
-                loss = loss.mean(0)
-            if self.reduction == "none":
-                return loss
-            return loss.mean() if self.reduction == "mean" else loss.sum()
-
-    def _chosen(self, input: Tensor, channels: list[int]) -> Tensor:
-        """Probabilities of the channels that count."""
-        if self.other_act is not None:
-            return _select(self.other_act(input.float() if input.dtype.itemsize < 4 else input), channels)
-        if self.softmax and input.shape[1] == 2 and len(channels) == 1 and not softmax_is_shared(input):
-            # The softmax of two channels is a sigmoid of their difference, at half the memory.
-            input = input.float() if input.dtype.itemsize < 4 else input
-            one = channels[0]
-            return torch.sigmoid(input[:, one : one + 1] - input[:, 1 - one : 2 - one])
-        if self.softmax:
-            return _select(self.probabilities(input), channels)
-        return self.probabilities(_select(input, channels))
-
-    def _channels(self, count: int) -> list[int]:
-        if self.classes is not None:
-            chosen = self.classes
-        else:
-            # A network with one channel has no background channel to leave out.
-            chosen = list(range(0 if self.include_background or count == 1 else 1, count))
-        if max(chosen) >= count:
-            raise ValueError(f"classes: expected channel numbers below {count}, the channels of input, got {chosen}.")
-        if self.weight is not None and len(self.weight) != len(chosen):
-            raise ValueError(
-                f"weight: expected {len(chosen)} values, one for each of {chosen}, got {len(self.weight)}."
-            )
-        return chosen
-
-    @staticmethod
-    def _check(input: Tensor) -> None:
-        if not input.is_floating_point() or input.dim() not in (4, 5):
-            raise ValueError(
-                f"input: expected a floating point tensor (B, C, H, W) or (B, C, H, W, D), got {input.dtype} of shape "
-                f"{tuple(input.shape)}; add the batch and channel axes."
-            )
-
-    def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
-        weight = None if self.weight is None else self.weight.tolist()
-        return (
-            f"include_background={self.include_background}, classes={self.classes}, weight={weight}, "
-            f"unit_mm={self.unit_mm}, reduction={self.reduction}"
-        )
-
-
-def _select(values: Tensor, channels: list[int]) -> Tensor:
-    """Channels of (B, C, *S); a view where they follow each other."""
-    first = channels[0]
-    if channels == list(range(first, first + len(channels))):
-        return values[:, first : first + len(channels)]
-    return values[:, channels]
+                cost = cost * self.weight.to(cost)
+            return self.reduced(cost.mean(0) if self.batch else cost)

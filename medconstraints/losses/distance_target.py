@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medconstraints.checks import plain
 from medconstraints.distance.provenance import check_not_resampled
-from medconstraints.losses.old_base import plain
 
 __all__ = ["DistanceMapCheck"]
 
@@ -21,37 +21,36 @@ class DistanceMapCheck:
     def __init__(self) -> None:
         self.seen = False
 
-    def __call__(self, distance_map: Tensor, shape: torch.Size, name: str = "distance_map") -> Tensor:
+    def __call__(self, distance_map: Tensor, shape: torch.Size) -> Tensor:
         """The map without meta data.
 
         Args:
             distance_map: (B, C, *S), floating point.
             shape: of the network's output.
-            name: for messages.
 
         Raises:
             ValueError: another shape or type, a label, or a map that was resampled.
         """
-        check_not_resampled(distance_map, name)
+        check_not_resampled(distance_map, "distance_map")
         values = plain(distance_map)
-        advice = (
-            "make it with SignedDistanceMapd(label_key, map_key, num_classes=...), name its key in "
-            "PrepareBatchTargets(target_keys=...), and crop, flip and pad it together with the image"
-        )
         if not values.is_floating_point():
             raise ValueError(
-                f"{name}: expected a distance map in mm, floating point, got {values.dtype}; a label is turned into "
-                'one by SignedDistanceMapd, and a map stored with storage="int8" needs DecodeDistanceMapd at the end '
+                f"distance_map: expected distances in mm, floating point, got {values.dtype}; a label is turned into "
+                'them by SignedDistanceMapd, and a map stored with storage="int8" needs DecodeDistanceMapd at the end '
                 "of the transforms."
             )
         if values.shape != shape:
-            raise ValueError(
-                f"{name}: expected a distance map for each channel of the input, {tuple(shape)}, got "
-                f"{tuple(values.shape)}; {advice}."
-            )
+            raise _no_map(f"one map for each channel of the input, {tuple(shape)}, got {tuple(values.shape)}")
         if not self.seen:
             low, high = torch.aminmax(values.detach())
             self.seen = bool(low < 0)
             if not self.seen and bool(high == 1) and bool(((values == 0) | (values == 1)).all()):
-                raise ValueError(f"{name}: expected a distance map in mm, got zeros and ones as of a label; {advice}.")
+                raise _no_map("distances in mm, got zeros and ones as of a label")
         return values
+
+
+def _no_map(what: str) -> ValueError:
+    return ValueError(
+        f"distance_map: expected {what}; make it with SignedDistanceMapd(label_key, map_key, num_classes=...), and "
+        "crop, flip and pad it together with the image."
+    )

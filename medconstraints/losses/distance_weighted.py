@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from monai.utils import LossReduction
 from torch import Tensor
-from torch.nn.modules.loss import _Loss
 
+from medconstraints.checks import number, plain
+from medconstraints.losses.base import TargetLoss
 from medconstraints.losses.class_label import checked_label, class_sizes
 from medconstraints.losses.distance_target import DistanceMapCheck
-from medconstraints.losses.old_base import plain
 
 __all__ = ["DistanceWeightedCrossEntropyLoss"]
 
-_PARTS = ("label", "distance_map")
 
-
-class DistanceWeightedCrossEntropyLoss(_Loss):
+class DistanceWeightedCrossEntropyLoss(TargetLoss):
     """Cross-entropy with more weight near the boundary (Ronneberger 2015; Kervadec 2020, section 4.3.2).
 
     Mean over the voxels p of -sum_c u_c(p) log s_c(p), with u_c(p) = g_c(p) [w_c + w0 exp(-D(p)^2 / (2 sigma^2))] and
@@ -46,6 +42,7 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
         0.6931
     """
 
+    target_keys = ("label", "distance_map")
     class_values: Tensor | None
 
     def __init__(
@@ -56,11 +53,7 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
         class_weight: str | Sequence[float] | Tensor | None = "frequency",
         reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction=LossReduction(reduction).value)
-        if not (math.isfinite(boundary_weight) and boundary_weight >= 0):
-            raise ValueError(f"boundary_weight: expected a finite number >= 0, got {boundary_weight!r}.")
-        if not (math.isfinite(sigma_mm) and sigma_mm > 0):
-            raise ValueError(f"sigma_mm: expected a finite number > 0, in mm, got {sigma_mm!r}.")
+        super().__init__(reduction=reduction)
         values = None
         if isinstance(class_weight, str):
             if class_weight not in ("frequency", "balanced"):
@@ -72,8 +65,8 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
             values = torch.as_tensor(class_weight, dtype=torch.float32)
             if values.dim() != 1 or not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise ValueError(f"class_weight: expected one finite number >= 0 for each class, got {class_weight!r}.")
-        self.boundary_weight = float(boundary_weight)
-        self.sigma_mm = float(sigma_mm)
+        self.boundary_weight = number("boundary_weight", boundary_weight, least=0.0)
+        self.sigma_mm = number("sigma_mm", sigma_mm, above=0.0)
         self.mode = class_weight if isinstance(class_weight, str) else None
         self.register_buffer("class_values", values)
         self._checked_map = DistanceMapCheck()
@@ -84,8 +77,7 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
         Args:
             input: logits (B, C, *S), background first.
             target: mapping with "label", class numbers (B, 1, *S), and "distance_map", the signed distances of all
-                classes (B, C, *S) in mm, of any floating point type. `CombinedLoss` makes it with
-                `keys={name: {"label": "label", "distance_map": "distance_map"}}`.
+                classes (B, C, *S) in mm, of any floating point type.
 
         Raises:
             ValueError: a part is missing, shapes do not fit, a map of integers, or a label that is no class (looked at
@@ -97,16 +89,14 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
                 f"input: expected floating point logits (B, C, *S) of two or more classes, got {input.dtype} of shape "
                 f"{tuple(input.shape)}."
             )
-        label, distance_map = _parts(target, input, self._checked_map)
+        label, distance_map = self._parts(target, input)
         with torch.autocast(input.device.type, enabled=False):
             if input.dtype in (torch.float16, torch.bfloat16):
                 input = input.float()
             label = label.to(torch.int64)
             # Quicker than F.cross_entropy without reduction, and deterministic on an accelerator too.
-            loss = -torch.log_softmax(input, 1).gather(1, label) * self._weight(label, distance_map, input)
-            if self.reduction == "none":
-                return loss
-            return loss.mean() if self.reduction == "mean" else loss.sum()
+            cost = -torch.log_softmax(input, 1).gather(1, label) * self._weight(label, distance_map, input)
+            return self.reduced(cost)
 
     def _weight(self, label: Tensor, distance_map: Tensor, input: Tensor) -> Tensor:
         """Factor u of each voxel's own class, (B, 1, *S)."""
@@ -134,28 +124,18 @@ class DistanceWeightedCrossEntropyLoss(_Loss):
         # No voxel has the weight of an absent class: any number will do.
         return voxels / ((size > 0).sum(1, keepdim=True) * size.clamp(min=1))
 
-    def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
-        values = None if self.class_values is None else self.class_values.tolist()
-        return (
-            f"boundary_weight={self.boundary_weight:g}, sigma_mm={self.sigma_mm:g}, "
-            f"class_weight={self.mode or values!r}, reduction={self.reduction!r}"
-        )
+    def _parts(self, target: Mapping[str, Tensor], input: Tensor) -> tuple[Tensor, Tensor]:
+        """Label and map, checked, on the device of the input."""
+        if not isinstance(target, Mapping) or not all(isinstance(target.get(key), Tensor) for key in self.target_keys):
+            got = sorted(map(str, target)) if isinstance(target, Mapping) else f"a {type(target).__name__}"
+            raise ValueError(
+                f'target: expected a mapping with the tensors "label" and "distance_map", got {got}; make the map with '
+                "the transform SignedDistanceMapd, and give both."
+            )
+        distance_map = self._checked_map(target["distance_map"], input.shape)
+        return checked_label(target["label"], input), distance_map.to(input.device, non_blocking=True)
 
 
 def _of_own_class(values: Tensor, label: Tensor) -> Tensor:
     """Of values (B, C), the one of each voxel's class: (B, 1, *S)."""
     return values.gather(1, label.flatten(1)).view(label.shape)
-
-
-def _parts(target: Mapping[str, Tensor], input: Tensor, check: DistanceMapCheck) -> tuple[Tensor, Tensor]:
-    """Label and map, checked, on the device of the input."""
-    if not isinstance(target, Mapping) or not all(isinstance(target.get(key), Tensor) for key in _PARTS):
-        got = sorted(map(str, target)) if isinstance(target, Mapping) else f"a {type(target).__name__}"
-        raise ValueError(
-            f'target: expected a mapping with the tensors "label" and "distance_map", got {got}; make the map with the '
-            "transform SignedDistanceMapd and give both, in CombinedLoss with "
-            'keys={name: {"label": "label", "distance_map": "distance_map"}}.'
-        )
-    label = checked_label(target["label"], input)
-    return label, check(target["distance_map"], input.shape).to(input.device, non_blocking=True)

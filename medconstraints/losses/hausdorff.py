@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
-from medconstraints.distance.maps import check_options, signed_distance
+from medconstraints.checks import number, plain
+from medconstraints.distance.measures import Euclidean
 from medconstraints.distance.provenance import spacing_now
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry, select_channels
 from medconstraints.losses.distance_target import DistanceMapCheck
-from medconstraints.losses.old_base import ProbabilityLoss, plain
 
 __all__ = ["HausdorffLoss"]
+
+_DEFAULT = Euclidean()
 
 
 class HausdorffLoss(ProbabilityLoss):
@@ -32,8 +33,8 @@ class HausdorffLoss(ProbabilityLoss):
     made once by `SignedDistanceMapd`. With a plain label it is computed anew each time, which doubles the work. Nothing
     is cached here, since a batch has no identity that survives shuffling, augmentation and workers.
 
-    The words are those of `monai.losses.HausdorffDTLoss`, and `convention="voxel"` at a spacing of 1 gives its values;
-    reduction "none" gives them without axes of length 1. Unlike there, distances know the spacing.
+    The words are those of `monai.losses.HausdorffDTLoss`, and `measure=Euclidean(convention="voxel")` at a spacing of 1
+    gives its values; reduction "none" gives them without axes of length 1. Unlike there, distances know the spacing.
 
     Args:
         alpha: exponent of the distances, > 0; 2 in the paper. The loss is in mm^alpha.
@@ -47,13 +48,11 @@ class HausdorffLoss(ProbabilityLoss):
         batch: mean over the samples of a class first: "sum" is then over classes, and "none" gives (K,).
         spacing_mm: spacing of every sample, D numbers; (1, 1, 1) counts in voxels. It comes after what a map with meta
             data or the target's "spacing_mm" tell; None: from the affine of a label that is a MetaTensor.
-        slice_axis: None for distances in the volume; k for 2D distances in every slice across spatial axis k.
-        convention: "boundary", "voxel" or "published", see `signed_distance`.
-        clip_mm: largest distance; None for no limit. Values of a given map are limited as well.
-        backend: of `signed_distance`. "auto" computes on the device of CUDA tensors.
+        measure: how distances are measured; the same as those of a given map, whose values are limited to its `clip_mm`
+            as well.
 
     Raises:
-        TypeError: `other_act` cannot be called.
+        TypeError: `other_act` cannot be called, or a `measure` that is not Euclidean: a prediction has no other.
         ValueError: an argument is outside its range, or more than one activation is asked for.
 
     Example:
@@ -61,11 +60,13 @@ class HausdorffLoss(ProbabilityLoss):
         >>> label[..., 2:6, 2:6] = 1
         >>> prediction = torch.zeros(1, 1, 8, 8)
         >>> prediction[..., 2:6, 2:7] = 1                      # one column too many, half a voxel from both boundaries
-        >>> HausdorffLoss()(prediction, label).item()          # 4 pixels of 64, 0.5^2 + 0.5^2 each
+        >>> HausdorffLoss(spacing_mm=(1, 1))(prediction, label).item()     # 4 pixels of 64, 0.5^2 + 0.5^2 each
         0.03125
     """
 
-    reads_meta = True  # the affine of a label: `CombinedLoss` leaves it its meta data
+    target_keys = ("label",)
+    optional_keys = ("distance_map", "spacing_mm")
+    reads_meta = True  # the affine of a label, and the spacing of a map
 
     def __init__(
         self,
@@ -79,104 +80,65 @@ class HausdorffLoss(ProbabilityLoss):
         reduction: str = "mean",
         batch: bool = False,
         spacing_mm: Sequence[float] | None = None,
-        slice_axis: int | None = None,
-        convention: str = "boundary",
-        clip_mm: float | None = None,
-        backend: str = "auto",
+        measure: Euclidean = _DEFAULT,
     ) -> None:
-        super().__init__(sigmoid=sigmoid, softmax=softmax, reduction=reduction)
-        if other_act is not None and not callable(other_act):
-            raise TypeError(
-                f"other_act: expected None or a function such as torch.tanh, got {type(other_act).__name__}."
-            )
-        if other_act is not None and (sigmoid or softmax):
-            raise ValueError("sigmoid, softmax, other_act: expected at most one activation, got two; choose one.")
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha: expected a finite number > 0, got {alpha!r}; the paper uses 2.")
-        if spacing_mm is not None and _rows(spacing_mm).shape not in ((2,), (3,)):
-            raise ValueError(
-                f"spacing_mm: expected 2 or 3 finite values > 0, one per axis, got {spacing_mm!r}; the spacing of each "
-                'sample is given with the target, as "spacing_mm".'
-            )
-        if slice_axis is not None and (isinstance(slice_axis, bool) or slice_axis not in range(-3, 3)):
-            raise ValueError(f"slice_axis: expected None, or a spatial axis 0..2 of a volume, got {slice_axis!r}.")
-        check_options(convention, clip_mm, backend)
-        self.alpha = float(alpha)
-        self.include_background = include_background
+        super().__init__(
+            include_background=include_background,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            reduction=reduction,
+        )
+        if spacing_mm is not None and len(_rows(spacing_mm, 1)) != 1:
+            raise ValueError(f"spacing_mm: expected 2 or 3 finite values > 0, one per axis, got {spacing_mm!r}.")
+        if not isinstance(measure, Euclidean):
+            raise TypeError(f"measure: expected Euclidean(...), got {type(measure).__name__}.")
+        self.alpha = number("alpha", alpha, above=0.0)
         self.to_onehot_y = to_onehot_y
-        self.other_act = other_act
         self.batch = batch
         self.spacing_mm = spacing_mm
-        self.slice_axis = None if slice_axis is None else slice_axis % 3
-        self.convention = convention
-        self.clip_mm = clip_mm
-        self.backend = backend
+        self.measure = measure
         self._checked_map = DistanceMapCheck()
 
-    def forward(self, input: Tensor, target: Tensor | Mapping[str, Any]) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
+    ) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: (B, C, *S), D = 2 or 3: probabilities, or logits with an activation. Background first.
             target: the label: class numbers (B, 1, *S), background 0, or one mask per channel (B, C, *S) with values in
                 0..1. Or a mapping with "label", and perhaps "distance_map", its signed distances in mm (B, C, *S), of
-                the same convention, spacing and slices as here, and "spacing_mm", (B, D) or (D,).
+                the same measure and spacing as here, and "spacing_mm", (B, D) or (D,).
+            probabilities: of this input, if they are shared with other losses.
 
         Raises:
             ValueError: shapes do not fit, a spacing that is not positive, a map that was resampled or not decoded, or
                 (looked at on the CPU; on another device the loss is NaN) label values that are no classes.
         """
-        with torch.autocast(plain(input).device.type, enabled=False):
-            probs = self.probabilities(input)
-            if self.slice_axis is not None and probs.dim() == 4:
-                raise ValueError("slice_axis: expected None for 2D images, which are slices already.")
+        with torch.autocast(input.device.type, enabled=False):
+            probabilities = probabilities or self.probabilities(input)
+            channels = self.channel_numbers(input.shape[1])
             label, signed, given_spacing = _parts(target)
             # What the map knows is right after flips and turns too, which a number beside it does not follow.
             known = None if signed is None else spacing_now(signed)
-            spacing = self._spacing(label, given_spacing if known is None else known, probs.shape)
-            first = 0 if self.include_background or probs.shape[1] == 1 else 1
-            truth = self._truth(plain(label), probs, first)
+            spacing = self._spacing(label, given_spacing if known is None else known, input.shape)
+            probs = probabilities.channels(channels)
+            truth = self._truth(plain(label), input.shape, channels, probs)
             if signed is not None:
-                signed = self._checked_map(torch.as_tensor(signed), probs.shape)[:, first:]
-            probs = probs[:, first:]
+                signed = select_channels(self._checked_map(torch.as_tensor(signed), input.shape), channels)
             weight = self._weight(probs.detach(), truth, signed, spacing)
-            loss = ((probs - truth).square() * weight).flatten(2).mean(-1)
-            if self.batch:
-                loss = loss.mean(0)
-            if self.reduction == "none":
-                return loss
-            return loss.mean() if self.reduction == "mean" else loss.sum()
+            cost = ((probs - truth).square() * weight).flatten(2).mean(-1)
+            return self.reduced(cost.mean(0) if self.batch else cost)
 
-    def probabilities(self, input: Tensor) -> Tensor:
-        """Activated input, at least float32.
-
-        Raises:
-            ValueError: the input is no (B, C, *S), or `other_act` changes its shape.
-        """
-        probs = super().probabilities(input)
-        if self.other_act is None:
-            return probs
-        activated = plain(self.other_act(probs))
-        if activated.shape != probs.shape:
+    def _truth(self, label: Tensor, shape: torch.Size, channels: list[int], probs: Tensor) -> Tensor:
+        """The label as one mask for each channel that counts, like the probabilities."""
+        samples, classes, *spatial = shape
+        numbers = classes > 1 and label.shape == (samples, 1, *spatial)
+        if not numbers and (label.shape != shape or (self.to_onehot_y and classes > 1)):
             raise ValueError(
-                f"other_act: expected a function that keeps the shape, got {tuple(activated.shape)} for "
-                f"{tuple(probs.shape)}."
-            )
-        return activated
-
-    def _truth(self, label: Tensor, probs: Tensor, first: int) -> Tensor:
-        """The label as one mask for each class from `first` on, in the type and on the device of the input."""
-        samples, classes, *spatial = probs.shape
-        if classes > 1 and label.shape == (samples, 1, *spatial):
-            numbers = True
-        elif label.shape == probs.shape and not (self.to_onehot_y and classes > 1):
-            numbers = False
-        else:
-            raise ValueError(
-                f"label: expected class numbers (B, 1, *S) = {(samples, 1, *spatial)}"
-                f"{'' if self.to_onehot_y else f' or one mask per channel {tuple(probs.shape)}'}, got "
-                f"{tuple(label.shape)}; add or remove axes"
-                f"{', or set to_onehot_y=False for masks.' if self.to_onehot_y else '.'}"
+                f"label: expected class numbers (B, 1, *S) = {(samples, 1, *spatial)}, or without to_onehot_y one mask "
+                f"per channel {tuple(shape)}, got {tuple(label.shape)}; add or remove axes."
             )
         label = label.to(probs.device, non_blocking=True)
         highest = classes - 1 if numbers else 1
@@ -184,42 +146,39 @@ class HausdorffLoss(ProbabilityLoss):
         if numbers and label.is_floating_point():
             good &= label == label.round()
         if probs.device.type == "cpu" and not bool(good.all()):
-            found = f"got {float(label[~good][0]):g}"
-            if numbers:
-                raise ValueError(
-                    f"label: expected whole class numbers 0..{highest}, {found}; map the labels, or resample them "
-                    'with mode "nearest".'
-                )
-            raise ValueError(f"label: expected masks with values in 0..1, {found}; give class numbers as (B, 1, *S).")
+            expected = f"whole class numbers 0..{highest}" if numbers else "masks with values in 0..1"
+            raise ValueError(
+                f"label: expected {expected}, got {float(label[~good][0]):g}; map the labels, resample them with mode "
+                '"nearest", or give class numbers as (B, 1, *S).'
+            )
         if numbers:
-            index = torch.arange(first, classes, device=label.device).view(-1, *[1] * len(spatial))
-            truth = (label == index).to(probs.dtype)
+            index = torch.tensor(channels).view(-1, *[1] * len(spatial))
+            truth = (label == index.to(label.device, non_blocking=True)).to(probs.dtype)
         else:
-            truth, good = label[:, first:].to(probs.dtype), good[:, first:]
+            truth, good = select_channels(label, channels).to(probs.dtype), select_channels(good, channels)
         # Looking at the values would make the host wait for an accelerator: they spoil the loss instead.
         return truth if probs.device.type == "cpu" else truth.masked_fill(~good, torch.nan)
 
     def _spacing(self, label: Tensor, given: Any, shape: torch.Size) -> list[tuple[float, ...]]:
         """Spacing of each sample, in mm."""
+        samples, dims = shape[0], len(shape) - 2
         if given is None:
             given = self.spacing_mm
-        samples, dims = shape[0], len(shape) - 2
-        affine = getattr(label, "affine", None)
-        if given is None and affine is not None:
+        if given is None and isinstance(label, MetaTensor):
             # A step along axis d moves a point by column d; a 2D label may keep the affine of its volume.
-            given = torch.as_tensor(affine, dtype=torch.float64)[..., :-1, :dims].norm(dim=-2)
+            given = torch.as_tensor(label.affine, dtype=torch.float64)[..., :-1, :dims].norm(dim=-2)
         if given is None:
             raise ValueError(
                 f'spacing_mm: expected the voxel spacing, got a plain label without one; give "spacing_mm" with the '
                 f"target, as SignedDistanceMapd makes it, or spacing_mm={(1.0,) * dims} to count in voxels."
             )
-        rows = _rows(given)
-        if rows.shape not in ((dims,), (samples, dims)):
+        rows = _rows(given, samples)
+        if len(rows) != samples or len(rows[0]) != dims:
             raise ValueError(
                 f"spacing_mm: expected {dims} finite values > 0, or one row of {dims} for each of the {samples} "
                 f"samples, got {given}; give the steps along the spatial axes, in mm."
             )
-        return [tuple(row) for row in np.broadcast_to(rows, (samples, dims)).tolist()]
+        return rows
 
     @torch.no_grad()
     def _weight(self, probs: Tensor, truth: Tensor, signed: Tensor | None, spacing: list[tuple[float, ...]]) -> Tensor:
@@ -229,59 +188,34 @@ class HausdorffLoss(ProbabilityLoss):
             return self._distances(torch.stack([predicted, truth > 0.5]), spacing).to(probs).pow_(self.alpha).sum(0)
         weight = self._distances(predicted[None], spacing)[0].to(probs).pow_(self.alpha)
         distance = signed.to(probs.device, probs.dtype, non_blocking=True).abs()
-        if self.clip_mm is not None:
-            distance = distance.clamp(max=self.clip_mm)
+        if self.measure.clip_mm is not None:
+            distance = distance.clamp(max=self.measure.clip_mm)
         return weight.add_(distance.pow(self.alpha))
 
     def _distances(self, masks: Tensor, spacing: list[tuple[float, ...]]) -> Tensor:
         """Unsigned distances in mm of masks (N, B, K, *S), on the device on which they were computed."""
-        if self.backend not in ("auto", "torch"):
+        if self.measure.backend == "numba":
             masks = masks.cpu()  # all in one transfer
         if len(set(spacing)) == 1:
-            return self._same_spacing(masks.flatten(0, 2), spacing[0]).view(masks.shape)
-        parts = [self._same_spacing(masks[:, b].flatten(0, 1), row) for b, row in enumerate(spacing)]
-        return torch.stack([part.view(len(masks), *masks.shape[2:]) for part in parts], 1)
-
-    def _same_spacing(self, masks: Tensor, spacing: tuple[float, ...]) -> Tensor:
-        """The same for masks (N, *S) of one spacing."""
-        distance = functools.partial(
-            signed_distance, convention=self.convention, clip_mm=self.clip_mm, backend=self.backend
-        )
-        axis = self.slice_axis
-        if masks.dim() == 3:
-            return distance(masks, (1.0, *spacing), slice_axis=0).abs_()  # all images in one call
-        if axis is None:
-            return torch.stack([distance(mask, spacing) for mask in masks]).abs_()
-        slices = masks.movedim(axis + 1, 1)
-        step = (1.0, *spacing[:axis], *spacing[axis + 1 :])
-        return distance(slices.flatten(0, 1), step, slice_axis=0).abs_().view(slices.shape).movedim(1, axis + 1)
-
-    def extra_repr(self) -> str:
-        """Settings shown by `repr`."""
-        return (
-            f"alpha={self.alpha:g}, include_background={self.include_background}, convention={self.convention!r}, "
-            f"spacing_mm={self.spacing_mm}, slice_axis={self.slice_axis}, reduction={self.reduction!r}"
-        )
+            return self.measure.of_masks(masks.flatten(0, 2), spacing[0]).abs_().view(masks.shape)
+        parts = [self.measure.of_masks(masks[:, b].flatten(0, 1), row) for b, row in enumerate(spacing)]
+        return torch.stack([part.abs_().view(len(masks), *masks.shape[2:]) for part in parts], 1)
 
 
 def _parts(target: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
     """The label, its signed distance map and the spacings, the last two None where they are not given."""
+    label = one_entry(target, "label")
     if isinstance(target, Tensor):
-        return target, None, None
-    if not isinstance(target, Mapping) or not isinstance(target.get("label"), Tensor):
-        got = sorted(map(str, target)) if isinstance(target, Mapping) else type(target).__name__
-        raise ValueError(
-            f'target: expected a label, or a mapping with the tensor "label" and perhaps "distance_map" and '
-            f'"spacing_mm", got {got}; name the label\'s key in the keys of CombinedLoss.'
-        )
-    return target["label"], target.get("distance_map"), target.get("spacing_mm")
+        return label, None, None
+    return label, target.get("distance_map"), target.get("spacing_mm")
 
 
-def _rows(spacing_mm: Any) -> np.ndarray:
-    """The spacings as an array, empty if they are not positive numbers."""
+def _rows(spacing_mm: Any, samples: int) -> list[tuple[float, ...]]:
+    """The spacing of each sample; empty if they are not positive numbers, 2 or 3 for all or for each."""
     try:
-        values = plain(spacing_mm).tolist() if isinstance(spacing_mm, Tensor) else spacing_mm
-        rows = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        return np.empty(0)
-    return rows if bool((np.isfinite(rows) & (rows > 0)).all()) else np.empty(0)
+        rows = torch.as_tensor(spacing_mm, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    if rows.dim() not in (1, 2) or rows.shape[-1] not in (2, 3) or not bool((rows.isfinite() & (rows > 0)).all()):
+        return []
+    return [tuple(row) for row in plain(rows.expand(samples, -1) if rows.dim() == 1 else rows).tolist()]

@@ -53,10 +53,6 @@ class ProbabilityLoss(TargetLoss):
     def __init_subclass__(cls) -> None:
         if cls.__name__ == "BoxPriorLoss":
             cls.target_keys = ("boxes",)
-        if cls.__name__ == "BoundaryLoss":
-            cls.target_keys = ("distance_map",)
-        if cls.__name__ == "HausdorffLoss":
-            cls.named_keys = ("distance_map", "spacing_mm")
 
     def __init__(
         self, *, sigmoid: bool = False, softmax: bool = False, logit_scale: float = 1.0, reduction: str = "mean"

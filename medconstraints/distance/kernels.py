@@ -1,25 +1,40 @@
-"""Exact signed distances on the CPU: lower envelopes along one axis after the other, both sides in one pass.
+"""Compiled passes of exact signed distances: lower envelopes along one axis after the other, both sides at once.
 
 After Felzenszwalb and Huttenlocher (2012) and Meijster et al. (2000), with two changes. A line is worked off in runs of
 voxels of one side: the voxel beyond the end of a run is on the other side and therefore at distance 0, so no voxel
 behind it can be nearer, and one pass gives the distances of both sides. And the cost of `n` steps is that of the
 convention, which is convex in each, so that two candidates change places only once along a line.
 
-The functions release the interpreter's lock and write into arrays they are given; `signed.py` calls them from threads.
+The functions release the interpreter's lock and write into arrays they are given; `numba_maps` calls them from threads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numba import njit
 
-from medconstraints.distance.jit import compiled, inlined
-
-__all__ = ["along_first", "along_last", "along_middle", "label_extents"]
+__all__ = ["along_first", "along_last", "along_middle", "compiled", "inlined", "label_extents"]
 
 INF = np.float32(np.inf)
 TILE = 16  # lines at a time: their elements side by side fill one line of the cache
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function, compiled at its first call; kept on disk, unless neither its folder nor the home can be written."""
+    try:
+        result: Callable[..., Any] = njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # "no locator available": an installation for reading only, without a home
+        result = njit(nogil=True, error_model="numpy", **options)(function)
+    return result
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a small function that becomes a part of those that call it."""
+    return compiled(function, inline="always")
 
 
 @inlined
