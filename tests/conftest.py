@@ -64,6 +64,18 @@ def constraint_reference() -> ModuleType:
     return _load_reference("constraint_reference")
 
 
+@pytest.fixture(scope="session")
+def distance_reference() -> ModuleType:
+    """The slow reference of distance maps and paths, tests/reference/distance_reference.py."""
+    return _load_reference("distance_reference")
+
+
+@pytest.fixture(scope="session")
+def distance_backends() -> ModuleType:
+    """Distance maps and paths by others' algorithms, tests/reference/distance_backends.py."""
+    return _load_reference("distance_backends")
+
+
 @pytest.fixture
 def tiny_network() -> Callable[..., nn.Module]:
     """Maker of the smallest network: one 1x1 convolution without bias, all weights 1, from 1 channel to `channels`."""

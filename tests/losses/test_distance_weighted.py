@@ -8,17 +8,13 @@ import torch
 from monai.data import MetaTensor
 from torch.nn import functional
 
-from medconstraints.distance.provenance import RECORD, record
 from medconstraints.losses import CombinedLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
 
 SHAPES = {"2D": (2, 3, 6, 5), "3D": (2, 2, 3, 4, 5), "one sample": (1, 6, 4, 3)}
-CLASS_WEIGHTS = {"frequency": "frequency", "balanced": "balanced", "values": "values", "none": None}
+CLASS_WEIGHTS = ("frequency", "balanced", "values", None)
 LABELS = ["all classes", "class 1 is absent", "no foreground", "full foreground", "one voxel"]
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-class_weights = pytest.mark.parametrize("class_weight", CLASS_WEIGHTS.values(), ids=CLASS_WEIGHTS)
 labels = pytest.mark.parametrize("case", LABELS)
-reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
 def distances(label, classes, spacing=1.0):
@@ -86,24 +82,19 @@ def reference(logits, target, *, boundary_weight=10.0, sigma_mm=5.0, class_weigh
 # Values
 
 
-@class_weights
 @labels
-@shapes
-def test_equals_the_reference(shape, case, class_weight, rng):
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_reference(shape, case, rng):
     logits, target = random_logits(shape, rng), make_target(case, shape, rng)
-    if class_weight == "values":
-        class_weight = [0.25 * (c + 1) for c in range(shape[1])]
-    options = {"boundary_weight": 4.0, "sigma_mm": 1.5, "class_weight": class_weight}
-    each = reference(logits, target, **options)
-    for reduction, expected in (("mean", each.mean()), ("sum", each.sum()), ("none", each)):
-        value = DistanceWeightedCrossEntropyLoss(reduction=reduction, **options)(logits, target)
-        assert value.shape == expected.shape
-        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
-
-
-def test_the_defaults_are_those_of_the_thesis(rng):
-    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
-    value = DistanceWeightedCrossEntropyLoss()(logits, target)
+    for class_weight in CLASS_WEIGHTS:
+        class_weight = [0.25 * (c + 1) for c in range(shape[1])] if class_weight == "values" else class_weight
+        options = {"boundary_weight": 4.0, "sigma_mm": 1.5, "class_weight": class_weight}
+        each = reference(logits, target, **options)
+        for reduction, expected in (("mean", each.mean()), ("sum", each.sum()), ("none", each)):
+            value = DistanceWeightedCrossEntropyLoss(reduction=reduction, **options)(logits, target)
+            assert value.shape == expected.shape
+            np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+    value = DistanceWeightedCrossEntropyLoss()(logits, target)  # the defaults are those of the thesis
     assert value.item() == pytest.approx(reference(logits, target).mean(), rel=1e-9)
 
 
@@ -117,23 +108,18 @@ def test_by_hand():
     np.testing.assert_allclose(value.numpy().ravel(), math.log(2) * np.array(weight), rtol=1e-6)
 
 
-@reductions
-@shapes
-def test_without_weights_it_is_the_cross_entropy(shape, reduction, rng):
-    logits, target = random_logits(shape, rng), make_target("all classes", shape, rng)
-    loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=None, reduction=reduction)
-    expected = functional.cross_entropy(logits, target["label"][:, 0], reduction=reduction)
-    torch.testing.assert_close(loss(logits, target).reshape(expected.shape), expected)
-
-
-@pytest.mark.parametrize("given", [list, tuple, torch.tensor])
-def test_class_weights_are_those_of_pytorch(given, rng):
+def test_without_boundary_weight_it_is_the_cross_entropy_of_pytorch(rng):
     logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
+    for reduction in ("mean", "sum", "none"):
+        loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=None, reduction=reduction)
+        expected = functional.cross_entropy(logits, target["label"][:, 0], reduction=reduction)
+        torch.testing.assert_close(loss(logits, target).reshape(expected.shape), expected)
     values = [0.25, 1.0, 4.0]
-    loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=given(values), reduction="sum")
     weight = torch.tensor(values, dtype=torch.float64)
     expected = functional.cross_entropy(logits, target["label"][:, 0], weight=weight, reduction="sum")
-    torch.testing.assert_close(loss(logits, target), expected)
+    for given in (values, tuple(values), torch.tensor(values)):
+        loss = DistanceWeightedCrossEntropyLoss(boundary_weight=0, class_weight=given, reduction="sum")
+        torch.testing.assert_close(loss(logits, target), expected)
 
 
 @labels
@@ -162,16 +148,16 @@ def test_the_weight_falls_with_the_distance_on_both_sides():
     torch.testing.assert_close(weight, weight.flip(0))
 
 
-@class_weights
 @pytest.mark.parametrize("case", ["no foreground", "full foreground"])
-def test_without_a_boundary_there_is_no_boundary_weight(case, class_weight, rng):
+def test_without_a_boundary_there_is_no_boundary_weight(case, rng):
     """One class fills the image: its share is 1, and balanced weights are 1 too."""
     shape = (2, 3, 6, 5)
     logits, target = random_logits(shape, rng), make_target(case, shape, rng)
     assert (target["distance_map"] == 0).all()
-    value = 1.0 if class_weight != "values" else 2.0
-    loss = DistanceWeightedCrossEntropyLoss(class_weight=[value] * 3 if class_weight == "values" else class_weight)
-    torch.testing.assert_close(loss(logits, target), value * functional.cross_entropy(logits, target["label"][:, 0]))
+    for class_weight, value in (("frequency", 1.0), ("balanced", 1.0), (None, 1.0), ([2.0] * 3, 2.0)):
+        loss = DistanceWeightedCrossEntropyLoss(class_weight=class_weight)
+        expected = value * functional.cross_entropy(logits, target["label"][:, 0])
+        torch.testing.assert_close(loss(logits, target), expected)
 
 
 def test_the_boundary_is_looked_for_in_each_sample(rng):
@@ -185,7 +171,7 @@ def test_the_boundary_is_looked_for_in_each_sample(rng):
     assert single[0] > 5 * functional.cross_entropy(logits[:1], target["label"][:1, 0])
 
 
-@class_weights
+@pytest.mark.parametrize("class_weight", CLASS_WEIGHTS)
 def test_padding_adds_the_weight_of_its_class_alone(class_weight, rng):
     """The image and its boundary keep their weights; class weights are those of the padded image."""
     shape, wide = (2, 3, 6, 5), (2, 3, 9, 7)
@@ -217,12 +203,16 @@ def test_slices_without_a_boundary_have_no_boundary_weight(rng):
     assert (weight[..., ::2] > 2).all()
 
 
-@pytest.mark.parametrize("size", [1e-3, -1e-3])
-def test_next_to_the_boundary_the_weight_is_full(size):
-    """Only 0 itself stands for no boundary."""
-    target = {"label": torch.zeros(1, 1, 2, 2), "distance_map": torch.full((1, 2, 2, 2), size)}
+def test_near_and_far(rng):
+    """Next to the boundary the weight is full: 0 alone stands for no boundary. Far off it is that of the class."""
     loss = DistanceWeightedCrossEntropyLoss(class_weight=None)
-    assert loss(torch.zeros(1, 2, 2, 2), target).item() == pytest.approx(11 * math.log(2), rel=1e-5)
+    for size in (1e-3, -1e-3):
+        target = {"label": torch.zeros(1, 1, 2, 2), "distance_map": torch.full((1, 2, 2, 2), size)}
+        assert loss(torch.zeros(1, 2, 2, 2), target).item() == pytest.approx(11 * math.log(2), rel=1e-5)
+    logits, label = random_logits((1, 2, 4, 4), rng), torch.from_numpy(rng.integers(0, 2, (1, 1, 4, 4)))
+    for far in (1e4, torch.inf):
+        value = loss(logits, {"label": label, "distance_map": torch.full((1, 2, 4, 4), far)})
+        torch.testing.assert_close(value, functional.cross_entropy(logits, label[:, 0]))
 
 
 def test_millimetres_scale_with_sigma(rng):
@@ -233,42 +223,27 @@ def test_millimetres_scale_with_sigma(rng):
     assert DistanceWeightedCrossEntropyLoss(sigma_mm=2.0)(logits, finer) > value
 
 
-@pytest.mark.parametrize("far", [1e4, torch.inf])
-def test_far_voxels_have_the_weight_of_their_class_alone(far, rng):
-    logits, label = random_logits((1, 2, 4, 4), rng), torch.from_numpy(rng.integers(0, 2, (1, 1, 4, 4)))
-    value = DistanceWeightedCrossEntropyLoss(class_weight=None)(
-        logits, {"label": label, "distance_map": torch.full((1, 2, 4, 4), far)}
-    )
-    torch.testing.assert_close(value, functional.cross_entropy(logits, label[:, 0]))
-
-
 # Gradients and precision
 
 
-@labels
-@shapes
-def test_gradcheck(shape, case, rng):
+@pytest.mark.parametrize("case", ["all classes", "no foreground"])
+def test_gradients(case, rng):
+    shape = (2, 3, 3, 4)
     logits, target = random_logits(shape, rng).requires_grad_(), make_target(case, shape, rng)
     loss = DistanceWeightedCrossEntropyLoss(sigma_mm=1.0)
     assert torch.autograd.gradcheck(lambda x: loss(x, target), logits, fast_mode=True)
-
-
-@pytest.mark.parametrize("case", ["all classes", "no foreground"])
-def test_gradgradcheck(case, rng):
-    logits, target = random_logits((2, 3, 3, 4), rng).requires_grad_(), make_target(case, (2, 3, 3, 4), rng)
-    loss = DistanceWeightedCrossEntropyLoss()
     assert torch.autograd.gradgradcheck(lambda x: loss(x, target), logits, fast_mode=True)
 
 
-@pytest.mark.parametrize("class_weight", ["frequency", "balanced", None])
-def test_a_few_steps_on_an_empty_image_lower_the_false_positives(class_weight):
-    bias = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).requires_grad_()
+def test_a_few_steps_on_an_empty_image_lower_the_false_positives():
     target = {"label": torch.zeros(1, 1, 16, 16).long(), "distance_map": torch.zeros(1, 2, 16, 16)}
-    loss = DistanceWeightedCrossEntropyLoss(class_weight=class_weight)
-    for _ in range(20):
-        (slope,) = torch.autograd.grad(loss(bias.expand(-1, -1, 16, 16), target), bias)
-        bias = (bias - slope).detach().requires_grad_()
-    assert torch.softmax(bias, 1)[0, 1].item() < 0.1
+    for class_weight in ("frequency", "balanced", None):
+        bias = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).requires_grad_()
+        loss = DistanceWeightedCrossEntropyLoss(class_weight=class_weight)
+        for _ in range(20):
+            (slope,) = torch.autograd.grad(loss(bias.expand(-1, -1, 16, 16), target), bias)
+            bias = (bias - slope).detach().requires_grad_()
+        assert torch.softmax(bias, 1)[0, 1].item() < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -286,75 +261,55 @@ def test_half_precision_does_not_overflow(dtype):
     assert logits.grad.dtype == dtype and logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_maps_of_another_type(dtype, rng):
+def test_kinds_of_tensors(rng):
+    """Maps and labels of other types, autocast, large logits, meta data; nothing is written to."""
     logits, target = random_logits((2, 3, 6, 5), rng).float(), make_target("all classes", (2, 3, 6, 5), rng)
-    rounded = {"label": target["label"], "distance_map": target["distance_map"].to(dtype)}
-    value = DistanceWeightedCrossEntropyLoss()(logits, rounded)
-    assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(reference(logits, target).mean(), rel=2e-3)
-
-
-def test_autocast_changes_nothing(rng):
-    logits, target = random_logits((2, 3, 6, 5), rng).float(), make_target("all classes", (2, 3, 6, 5), rng)
+    before = logits.clone(), {key: each.clone() for key, each in target.items()}
     loss = DistanceWeightedCrossEntropyLoss()
+    expected = loss(logits, target)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        value = loss(logits, target | {"distance_map": target["distance_map"].to(dtype)})
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(expected.item(), rel=2e-3)
+    for dtype in (torch.uint8, torch.int16, torch.float32):
+        assert torch.equal(loss(logits, target | {"label": target["label"].to(dtype)}), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(logits, target)
-    assert inside.dtype == torch.float32 and torch.equal(inside, loss(logits, target))
-
-
-def test_large_logits_are_finite(rng):
-    logits = (1e4 * random_logits((2, 3, 6, 5), rng).float()).requires_grad_()
-    value = DistanceWeightedCrossEntropyLoss()(logits, make_target("all classes", (2, 3, 6, 5), rng))
-    value.backward()
-    assert value.isfinite() and logits.grad.isfinite().all()
+        assert torch.equal(loss(logits, target), expected)
+    value = loss(MetaTensor(logits), {key: MetaTensor(each) for key, each in target.items()})
+    assert type(value) is torch.Tensor and torch.equal(value, expected)
+    large = (1e4 * logits).requires_grad_()
+    loss(large, target).backward()
+    assert large.grad.isfinite().all()
+    assert torch.equal(logits, before[0]) and all(torch.equal(target[key], before[1][key]) for key in target)
 
 
 # Invariances and drop-in
 
 
-@pytest.mark.parametrize("class_weight", ["frequency", "balanced", None])
 @labels
-def test_flip_and_permutations(case, class_weight, rng):
+def test_flip_and_permutations(case, rng):
     logits, target = random_logits((3, 4, 6, 5), rng), make_target(case, (3, 4, 6, 5), rng)
     label, maps = target["label"], target["distance_map"]
-    loss, order = DistanceWeightedCrossEntropyLoss(class_weight=class_weight), torch.from_numpy(rng.permutation(4))
-    value = loss(logits, target)
-    flipped = {key: each.flip(0, 2, 3) for key, each in target.items()}
-    torch.testing.assert_close(loss(logits.flip(0, 2, 3), flipped), value)
-    renamed = {"label": torch.argsort(order)[label], "distance_map": maps[:, order]}
-    torch.testing.assert_close(loss(logits[:, order], renamed), value)
-    torch.testing.assert_close(loss(logits + 7, {"label": label, "distance_map": -maps}), value)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.float32])
-def test_labels_of_another_type(dtype, rng):
-    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
-    loss = DistanceWeightedCrossEntropyLoss()
-    assert torch.equal(loss(logits, {**target, "label": target["label"].to(dtype)}), loss(logits, target))
+    order = torch.from_numpy(rng.permutation(4))
+    for class_weight in ("frequency", "balanced", None):
+        loss = DistanceWeightedCrossEntropyLoss(class_weight=class_weight)
+        value = loss(logits, target)
+        flipped = {key: each.flip(0, 2, 3) for key, each in target.items()}
+        torch.testing.assert_close(loss(logits.flip(0, 2, 3), flipped), value)
+        renamed = {"label": torch.argsort(order)[label], "distance_map": maps[:, order]}
+        torch.testing.assert_close(loss(logits[:, order], renamed), value)
+        torch.testing.assert_close(loss(logits + 7, {"label": label, "distance_map": -maps}), value)
 
 
 def test_with_combined_loss(rng):
     logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
     loss = DistanceWeightedCrossEntropyLoss()
-    keys = {"unet": {"label": "seg", "distance_map": "distance"}}
+    assert loss.target_keys == ("label", "distance_map")
+    combined = CombinedLoss({"unet": loss}, weights={"unet": 0.5})
+    torch.testing.assert_close(combined(logits, target), 0.5 * loss(logits, target))
     batch = {"seg": target["label"], "distance": target["distance_map"], "other": torch.zeros(2)}
+    keys = {"unet": {"label": "seg", "distance_map": "distance"}}
     combined = CombinedLoss({"unet": loss}, keys=keys, weights={"unet": 0.5})
     torch.testing.assert_close(combined(logits, batch), 0.5 * loss(logits, target))
-
-
-def test_meta_tensors_give_a_plain_tensor(rng):
-    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
-    loss = DistanceWeightedCrossEntropyLoss()
-    value = loss(MetaTensor(logits), {key: MetaTensor(each) for key, each in target.items()})
-    assert type(value) is torch.Tensor and torch.equal(value, loss(logits, target))
-
-
-def test_input_and_target_are_not_changed(rng):
-    logits, target = random_logits((2, 3, 6, 5), rng), make_target("all classes", (2, 3, 6, 5), rng)
-    before = logits.clone(), {key: each.clone() for key, each in target.items()}
-    DistanceWeightedCrossEntropyLoss()(logits, target)
-    assert torch.equal(logits, before[0]) and all(torch.equal(target[key], before[1][key]) for key in target)
 
 
 # Refusals
@@ -368,20 +323,9 @@ LABEL, MAP = torch.zeros(2, 1, 6, 5).long(), torch.zeros(2, 3, 6, 5)
         (LABEL, r'target: expected a mapping .*"distance_map", got a Tensor; .*SignedDistanceMapd'),
         ({"label": LABEL}, r"target: expected a mapping .*got \['label'\]; .*SignedDistanceMapd"),
         ({"label": LABEL, "distance_map": MAP.char()}, r"^distance_map: .*got torch\.int8; .*DecodeDistanceMapd"),
-        ({"label": LABEL, "distance_map": MAP.long()}, r"^distance_map: .*got torch\.int64; .*DecodeDistanceMapd"),
-        (
-            {"label": LABEL, "distance_map": MAP[:, 1:]},
-            r"^distance_map: .*\(2, 3, 6, 5\), got \(2, 2, 6, 5\); .*num_classes",
-        ),
-        (
-            {"label": LABEL, "distance_map": MAP[..., 1:]},
-            r"^distance_map: .*\(2, 3, 6, 5\), got \(2, 3, 6, 4\); .*crop",
-        ),
-        ({"label": LABEL, "distance_map": MAP + 1}, r"^distance_map: .*got zeros and ones as of a label; make it with"),
+        ({"label": LABEL, "distance_map": MAP[:, 1:]}, r"^distance_map: .*\(2, 3, 6, 5\), got \(2, 2, 6, 5\)"),
         ({"label": LABEL[0], "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(1, 6, 5\)"),
-        ({"label": MAP, "distance_map": MAP}, r"target: expected a label .*\(2, 1, 6, 5\) .*got .*\(2, 3, 6, 5\)"),
         ({"label": LABEL + 3, "distance_map": MAP}, r"target: expected class numbers 0\.\.2 .*got 3\.\.3"),
-        ({"label": LABEL - 1, "distance_map": MAP}, r"target: expected class numbers 0\.\.2 .*got -1\.\.-1"),
         ({"label": LABEL + 0.5, "distance_map": MAP}, r"target: expected whole class numbers, got 0\.5; .*nearest"),
     ],
 )
@@ -390,30 +334,14 @@ def test_refuses_targets(target, words):
         DistanceWeightedCrossEntropyLoss()(torch.zeros(2, 3, 6, 5), target)
 
 
-@pytest.mark.parametrize("combined", [False, True])
-def test_refuses_a_resampled_map(combined):
-    """Alone and in a sum."""
-    kept = record(torch.eye(4), (1.0, 1.0), 1.0)
-    maps = MetaTensor(MAP - 1, affine=torch.eye(4), meta={RECORD: kept})
-    target, loss = {"label": LABEL, "distance_map": maps}, DistanceWeightedCrossEntropyLoss()
-    if combined:
-        loss = CombinedLoss({"ce": loss}, keys={"ce": {key: key for key in target}})
-    assert loss(torch.zeros(2, 3, 6, 5), target).isfinite()
-    maps.affine = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match=r"^distance_map: this distance map was resampled .* put SignedDistanceMapd"):
-        loss(torch.zeros(2, 3, 6, 5), target)
-
-
-@pytest.mark.parametrize("logits", [torch.ones(2, 3), torch.ones(2, 3, 6, 5).long(), torch.ones(2, 1, 6, 5)])
-def test_refuses_what_are_no_logits(logits):
-    with pytest.raises(ValueError, match=r"input: expected .*got"):
-        DistanceWeightedCrossEntropyLoss()(logits, {"label": LABEL, "distance_map": MAP})
-
-
-@pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
-def test_refuses_weights_of_other_classes(values):
-    with pytest.raises(ValueError, match=r"class_weight: expected 3 values.*got"):
-        DistanceWeightedCrossEntropyLoss(class_weight=values)(MAP, {"label": LABEL, "distance_map": MAP})
+def test_refuses_what_does_not_fit():
+    target = {"label": LABEL, "distance_map": MAP}
+    for logits in (torch.ones(2, 3), torch.ones(2, 3, 6, 5).long(), torch.ones(2, 1, 6, 5)):
+        with pytest.raises(ValueError, match=r"input: expected .*got"):
+            DistanceWeightedCrossEntropyLoss()(logits, target)
+    for values in ([1.0, 2.0], [1.0, 2.0, 3.0, 4.0]):
+        with pytest.raises(ValueError, match=r"class_weight: expected 3 values.*got"):
+            DistanceWeightedCrossEntropyLoss(class_weight=values)(MAP, target)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +350,6 @@ def test_refuses_weights_of_other_classes(values):
         ({"boundary_weight": -1.0}, r"boundary_weight: expected .*got -1\.0"),
         ({"boundary_weight": math.inf}, r"boundary_weight: expected .*got inf"),
         ({"sigma_mm": 0.0}, r"sigma_mm: expected .*got 0\.0"),
-        ({"sigma_mm": math.nan}, r"sigma_mm: expected .*got nan"),
         ({"class_weight": "inverse"}, r'class_weight: expected "frequency".*got .inverse'),
         ({"class_weight": [1.0, -1.0]}, r"class_weight: expected one finite number >= 0"),
         ({"class_weight": 2.0}, r"class_weight: expected one finite number >= 0"),

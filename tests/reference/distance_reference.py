@@ -5,6 +5,7 @@ with the package and needs no distance transform. `mask` is an array (*S) of boo
 `spacing` None (1 along each axis) or one number for each axis.
 """
 
+import heapq
 import itertools
 import math
 
@@ -65,13 +66,11 @@ def signed(mask, spacing=None, *, convention="boundary", slice_axis=None, clip_m
     mask = np.asarray(mask, dtype=bool)
     steps = spacing_of(spacing, mask.ndim)
     if slice_axis is not None:
-        axis = slice_axis % mask.ndim
-        rest = np.delete(steps, axis)
+        rest = np.delete(steps, slice_axis)
         parts = [
-            signed(np.take(mask, k, axis=axis), rest, convention=convention, clip_mm=clip_mm)
-            for k in range(mask.shape[axis])
+            signed(part, rest, convention=convention, clip_mm=clip_mm) for part in np.moveaxis(mask, slice_axis, 0)
         ]
-        return np.stack(parts, axis)
+        return np.stack(parts, slice_axis)
     if mask.all() or not mask.any():
         return np.zeros(mask.shape)
     if convention == "boundary":
@@ -104,6 +103,62 @@ def maps(label, num_classes, spacing=None, *, classes=None, **options):
     for number in chosen:
         found[number] = signed(label == number, spacing, **options)
     return found
+
+
+# Paths along an image (*S) or (M, *S): one search for each voxel, until it arrives
+
+
+def shortest(start, shape, image, spacing, weight, slice_axis, arrives):
+    """Length of the shortest path from a voxel; `arrives(p, q)`: share of the edge p, q that ends it, or None."""
+    steps = spacing_of(spacing, len(shape))
+    channels = image[None] if image.ndim == len(shape) else image
+    queue, done = [(0.0, False, start)], set()
+    while queue:
+        length, arrived, p = heapq.heappop(queue)
+        if arrived:
+            return length
+        if p in done:
+            continue
+        done.add(p)
+        for move in itertools.product((-1, 0, 1), repeat=len(shape)):
+            q = tuple(a + b for a, b in zip(p, move, strict=True))
+            inside = all(0 <= a < n for a, n in zip(q, shape, strict=True))
+            if q in done or not inside or (slice_axis is not None and move[slice_axis]):
+                continue
+            squares = [(a * s) ** 2 for a, s in zip(move, steps, strict=True)]
+            edge = math.sqrt(sum(squares) + sum((weight * (channel[p] - channel[q])) ** 2 for channel in channels))
+            share = arrives(p, q)
+            heapq.heappush(queue, (length + (1.0 if share is None else share) * edge, share is not None, q))
+    return math.inf
+
+
+def signed_geodesic(mask, image, spacing=None, *, image_weight, slice_axis=None):
+    """To the boundary, which lies half way along an edge between both sides; 0 where there is none."""
+    value = np.zeros(mask.shape)
+    for p in np.ndindex(mask.shape):
+        found = shortest(
+            p, mask.shape, image, spacing, image_weight, slice_axis, lambda a, b: 0.5 if mask[a] != mask[b] else None
+        )
+        value[p] = 0.0 if math.isinf(found) else -found if mask[p] else found
+    return value
+
+
+def geodesic(seeds, image, num_classes, spacing=None, *, image_weight, slice_axis=None):
+    """From the nearest seed of each class, (C, *S); infinite without one."""
+    value = np.zeros((num_classes, *seeds.shape))
+    for number, *place in np.ndindex(value.shape):
+        p = tuple(place)
+        if seeds[p] != number:
+            value[(number, *p)] = shortest(
+                p,
+                seeds.shape,
+                image,
+                spacing,
+                image_weight,
+                slice_axis,
+                lambda _, b, number=number: 1.0 if seeds[b] == number else None,
+            )
+    return value
 
 
 # The loss
