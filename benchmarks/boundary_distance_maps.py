@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from timing import extra_rss_bytes, medians_ms, steady_allocator, write
 
 from medconstraints.distance import signed_distance, signed_distance_map
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "reference"))
+import distance_backends
 
 SPACING_MM = (1.0, 1.0, 3.0)
 SHAPES = [(197, 233, 189), (512, 512, 200)]
@@ -62,7 +66,10 @@ def case(name: str, mask: np.ndarray, threads: int, runs: int) -> dict[str, Any]
         "one": lambda: signed_distance_map(label, 5, SPACING_MM, classes=(1,)),
     }
     if min(mask.shape) < 197:
-        functions["simpleitk"] = lambda: signed_distance(mask, SPACING_MM, convention="voxel", backend="simpleitk")
+        simpleitk = distance_backends.distance_simpleitk
+        functions["simpleitk"] = lambda: distance_backends.signed(
+            mask, SPACING_MM, convention="voxel", distance=simpleitk
+        )
     torch.set_num_threads(1)
     single = medians_ms({key: functions[key] for key in ("exact", "clipped")}, runs=runs, warmup=1)
     torch.set_num_threads(threads)

@@ -81,8 +81,6 @@ class SignedDistanceMapd(MapTransform):
         super().__init__(checks.one_key(keys), allow_missing_keys)
         if not isinstance(measure, (Euclidean, Geodesic)):
             raise TypeError(f"measure: expected Euclidean(...) or Geodesic(...), got {type(measure).__name__}.")
-        if storage not in STORAGE:
-            raise ValueError(f"storage: expected one of {', '.join(STORAGE)}, got {storage!r}.")
         if storage == "int8" and measure.clip_mm is None:
             raise ValueError(
                 'clip_mm: expected a largest distance of the measure for storage "int8", whose steps it sets.'
@@ -92,7 +90,7 @@ class SignedDistanceMapd(MapTransform):
         self.classes = checks.class_numbers(classes, self.num_classes)
         self.measure = measure
         self.image_key = image_key
-        self.storage = storage
+        self.storage = checks.choice("storage", storage, STORAGE)
         self.spacing_mm = None if spacing_mm is None else checks.spacing(spacing_mm, len(spacing_mm))
         self.spacing_key = spacing_key
 

@@ -104,10 +104,8 @@ def check_options(convention: str, slice_axis: int | None, clip_mm: float | None
     Raises:
         ValueError: one of them is unknown or outside its range.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: expected one of {', '.join(CONVENTIONS)}, got {convention!r}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+    checks.choice("convention", convention, CONVENTIONS)
+    checks.choice("backend", backend, BACKENDS)
     checks.slice_axis(slice_axis)
     if clip_mm is not None:
         checks.number("clip_mm", clip_mm, above=0.0)

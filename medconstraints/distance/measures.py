@@ -39,9 +39,9 @@ class Euclidean:
         check_options(self.convention, self.slice_axis, self.clip_mm, self.backend)
 
     def of_masks(self, masks: Tensor, spacing_mm: Sequence[float]) -> Tensor:
-        """Signed distances (N, *S) of masks (N, *S), each by itself."""
+        """Signed distances (N, *S) of masks (N, *S), each by itself; 2D images are slices already."""
         distance = partial(signed_distance, convention=self.convention, clip_mm=self.clip_mm, backend=self.backend)
-        axis = checks.slice_axis(self.slice_axis, masks.dim() - 1)
+        axis = self.slice_axis
         if masks.dim() == 3:
             return distance(masks, (1.0, *spacing_mm), slice_axis=0)  # all images in one call
         if axis is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from medconstraints.checks import number, plain
+from medconstraints.checks import choice, number, plain
 from medconstraints.losses.base import TargetLoss
 from medconstraints.losses.class_label import checked_label, class_sizes
 from medconstraints.losses.distance_target import DistanceMapCheck
@@ -56,11 +56,7 @@ class DistanceWeightedCrossEntropyLoss(TargetLoss):
         super().__init__(reduction=reduction)
         values = None
         if isinstance(class_weight, str):
-            if class_weight not in ("frequency", "balanced"):
-                raise ValueError(
-                    'class_weight: expected "frequency", "balanced", one number for each class, or None, got '
-                    f"{class_weight!r}."
-                )
+            choice("class_weight", class_weight, ("frequency", "balanced"))
         elif class_weight is not None:
             values = torch.as_tensor(class_weight, dtype=torch.float32)
             if values.dim() != 1 or not bool((torch.isfinite(values) & (values >= 0)).all()):

@@ -293,7 +293,10 @@ def test_refusals(changed, message):
 
 def test_refusals_of_seeds_and_options():
     image = np.zeros((4, 5))
-    for seeds, words in ((np.full((4, 5), 3), "seeds: expected whole class numbers 0..2"), (np.zeros((1, 1, 4, 5)), "seeds")):
+    for seeds, words in (
+        (np.full((4, 5), 3), "seeds: expected whole class numbers 0..2"),
+        (np.zeros((1, 1, 4, 5)), "seeds"),
+    ):
         for function in (geodesic_distance, grow_label):
             with pytest.raises(ValueError, match=words):
                 function(seeds, image, 3, image_weight=1.0)
