@@ -116,3 +116,11 @@ class BoundaryLoss(ProbabilityLoss):
             if self.weight is not None:
                 cost = cost * self.weight.to(cost)
             return self.reduced(cost.mean(0) if self.batch else cost)
+
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        weight = None if self.weight is None else self.weight.tolist()
+        return (
+            f"include_background={self.include_background}, classes={self.classes}, weight={weight}, "
+            f"unit_mm={self.unit_mm:g}, reduction={self.reduction!r}"
+        )

@@ -131,6 +131,14 @@ class DistanceWeightedCrossEntropyLoss(TargetLoss):
         distance_map = self._checked_map(target["distance_map"], input.shape)
         return checked_label(target["label"], input), distance_map.to(input.device, non_blocking=True)
 
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        values = None if self.class_values is None else self.class_values.tolist()
+        return (
+            f"boundary_weight={self.boundary_weight:g}, sigma_mm={self.sigma_mm:g}, "
+            f"class_weight={self.mode or values!r}, reduction={self.reduction!r}"
+        )
+
 
 def _of_own_class(values: Tensor, label: Tensor) -> Tensor:
     """Of values (B, C), the one of each voxel's class: (B, 1, *S)."""

@@ -201,6 +201,13 @@ class HausdorffLoss(ProbabilityLoss):
         parts = [self.measure.of_masks(masks[:, b].flatten(0, 1), row) for b, row in enumerate(spacing)]
         return torch.stack([part.abs_().view(len(masks), *masks.shape[2:]) for part in parts], 1)
 
+    def extra_repr(self) -> str:
+        """Settings shown by `repr`."""
+        return (
+            f"alpha={self.alpha:g}, include_background={self.include_background}, measure={self.measure}, "
+            f"spacing_mm={self.spacing_mm}, reduction={self.reduction!r}"
+        )
+
 
 def _parts(target: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
     """The label, its signed distance map and the spacings, the last two None where they are not given."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from medconstraints.distance import Euclidean
 from medconstraints.distance.provenance import RECORD, record
 from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.distance_target import DistanceMapCheck
@@ -114,3 +115,13 @@ def test_the_values_are_looked_at_until_then_only(monkeypatch):
     loss = BoundaryLoss(softmax=True)
     loss(torch.zeros(SHAPE), MAP)
     assert not loss.state_dict()
+
+
+def test_repr_tells_the_settings():
+    """Reports quote it."""
+    shown = repr(HausdorffLoss(alpha=1.5, measure=Euclidean(slice_axis=2, clip_mm=7.0)))
+    assert "alpha=1.5" in shown and "slice_axis=2" in shown and "clip_mm=7.0" in shown
+    assert "unit_mm=2.5" in repr(BoundaryLoss(unit_mm=2.5))
+    assert "sigma_mm=3, class_weight='balanced'" in repr(
+        DistanceWeightedCrossEntropyLoss(sigma_mm=3.0, class_weight="balanced")
+    )
