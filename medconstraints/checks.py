@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "whole_number",
 ]
 
+_Option = TypeVar("_Option", str, int)
 _SHOWN_VALUES = 5
 
 
@@ -168,16 +169,15 @@ def bounds(values: Tensor, shape: Sequence[int]) -> Tensor:
     return values
 
 
-def choice(name: str, value: Any, options: Iterable[str]) -> str:
-    """One of the words that an option may have.
+def choice(name: str, value: _Option, options: Sequence[_Option]) -> _Option:
+    """One of the values that an option may have.
 
     Raises:
         ValueError: it is none of them.
     """
-    words = [*options]
-    if value not in words:
-        raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}.")
-    return str(value)
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, options))}, got {value!r}.")
+    return value
 
 
 def label_name(volume: Any, key: Hashable) -> str:
@@ -216,6 +216,35 @@ def stray_values(values: Any, num_classes: int | None = None, ignored: Iterable[
     found = np.unique(array[wrong]) if wrong.any() else array[:0].ravel()
     more = f" and {len(found) - _SHOWN_VALUES} more" if len(found) > _SHOWN_VALUES else ""
     return ", ".join(f"{value:g}" for value in found[:_SHOWN_VALUES]) + more
+
+
+def class_numbers(
+    label: Any, num_classes: int | None = None, *, ignore_index: int | None = None, name: str = "label"
+) -> np.ndarray:
+    """A label map (*S) as int32 in C order, so that equal labels have equal bytes.
+
+    Args:
+        label: array or tensor, 2D or 3D.
+        num_classes: class numbers are 0..num_classes - 1; None for any whole number >= 0.
+        ignore_index: value of voxels that belong to no class; None when all do.
+        name: for messages.
+
+    Raises:
+        ValueError: it has another shape or other values.
+    """
+    array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{name}: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
+    if num_classes is not None:
+        whole_number("num_classes", num_classes, 2)
+    if stray := stray_values(array, num_classes, [] if ignore_index is None else [ignore_index]):
+        top = "1, 2, ..." if num_classes is None else num_classes - 1
+        known = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(
+            f"{name}: expected class numbers 0 to {top}{known} on every voxel, got {stray}; correct num_classes or "
+            "ignore_index, map them (MapLabelValued), or resample labels with mode='nearest'."
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def affine_spacing(volume: Any, name: str) -> tuple[float, ...]:

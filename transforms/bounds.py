@@ -37,7 +37,7 @@ Margin = float | Sequence[float] | None
 
 _NEVER_NEGATIVE = (soft_size, soft_centroid, soft_moments, soft_spread, soft_size_ratio, soft_outside_extent)
 # One mask at a time: with many classes in a large volume all of them in float64 would be too much.
-_CLASS_BY_CLASS = (soft_centroid, soft_moments, soft_spread, soft_mean_intensity, soft_fraction)
+_CLASS_BY_CLASS = (soft_size, soft_centroid, soft_moments, soft_spread, soft_mean_intensity, soft_fraction)
 
 
 def label_to_bounds(
@@ -77,16 +77,18 @@ def label_to_bounds(
         >>> label_to_bounds(label, 2, soft_centroid, margin=1)[1].tolist()
         [[0.0, 1.5], [0.5, 2.5]]
     """
-    share, steps = _checked_margins(margin, relative_margin)
-    array = _class_numbers(label, num_classes)
-    values, known = _values(array, num_classes, statistic, options or {})
-    for name, given in (("margin", steps), ("relative_margin", share)):
+    margins = _margins(margin, relative_margin)
+    array = checks.class_numbers(label, num_classes)
+    known = _known_rows(array, num_classes, statistic)
+    values = _values(array, known, num_classes, statistic, options or {})
+    for name, given in margins.items():
         if given.size not in (1, values.shape[1]):
             raise ValueError(
                 f"{name}: expected one value, or one for each of {values.shape[1]} components, got {given}."
             )
+    step, share = margins.values()
     sides = np.stack([values * (1 - share), values * (1 + share)])  # a negative value turns them round
-    lower, upper = sides.min(0) - steps, sides.max(0) + steps
+    lower, upper = sides.min(0) - step, sides.max(0) + step
     if _function(statistic) in _NEVER_NEGATIVE:
         lower = np.maximum(lower, 0)
     return _bounds(lower, upper, known, statistic)
@@ -116,8 +118,8 @@ def presence_bounds(
         >>> presence_bounds(np.array([[0, 1, 1]]), 3, [[1, 9], [2, 5]]).tolist()
         [[[-inf, inf]], [[1.0, 9.0]], [[0.0, 0.0]]]
     """
-    table = _checked_table(bounds, num_classes, statistic, "bounds")
-    known = _known_rows(_class_numbers(label, num_classes), num_classes, statistic)
+    table = _table(bounds, num_classes, statistic, "bounds")
+    known = _known_rows(checks.class_numbers(label, num_classes), num_classes, statistic)
     table = np.concatenate([np.zeros((len(known) - len(table), *table.shape[1:])), table])  # the background is free
     return _bounds(table[..., 0], table[..., 1], known, statistic)
 
@@ -186,11 +188,12 @@ class LabelToBoundsd(MapTransform):
         self.num_classes = checks.whole_number("num_classes", num_classes, 2)
         if not callable(statistic):
             raise TypeError(f"statistic: expected a function such as soft_size, got {statistic!r}.")
+        _pairs(statistic, self.num_classes)
         self.statistic = statistic
         self.units = checks.choice("units", units, UNITS)
         self.in_mm = units == "mm" and "spacing_mm" in _arguments(statistic)
         self.level, self.common = self._checked_level(level)
-        _checked_margins(margin, relative_margin)
+        _margins(margin, relative_margin)
         self.margin = margin
         self.relative_margin = relative_margin
         self.full_key = full_key
@@ -215,7 +218,7 @@ class LabelToBoundsd(MapTransform):
             if self.units != "voxel" or not is_size:
                 raise ValueError(f'level: expected soft_size and units "voxel" for {level}: such a file counts voxels.')
             level = load_common_bounds(level)
-        return "common", _checked_table(level, self.num_classes, self.statistic, "level")
+        return "common", _table(level, self.num_classes, self.statistic, "level")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the bounds to a copy of `data`."""
@@ -279,55 +282,47 @@ def _arguments(statistic: Statistic) -> dict[str, Any]:
     return {name: entry.default for name, entry in [*inspect.signature(statistic).parameters.items()][1:]}
 
 
-def _class_numbers(label: np.ndarray | Tensor, num_classes: int) -> np.ndarray:
-    checks.whole_number("num_classes", num_classes, 2)
-    array = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
-    if array.ndim not in (2, 3):
-        raise ValueError(f"label: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
-    if stray := checks.stray_values(array, num_classes):
+def _pairs(statistic: Statistic, num_classes: int) -> Sequence[Sequence[int]] | None:
+    """The pairs of classes of a relation; None for a statistic of single classes."""
+    pairs = _arguments(statistic).get("pairs")
+    if pairs is inspect.Parameter.empty or any(not 0 <= cls < num_classes for pair in pairs or [] for cls in pair):
         raise ValueError(
-            f"label: expected class numbers 0 to {num_classes - 1} on every voxel, got {stray}; set num_classes, map "
-            "them (MapLabelValued), and give the full label: a size needs all voxels."
+            f"statistic: expected pairs of the classes 0..{num_classes - 1}, such as functools.partial(soft_size_ratio, "
+            f"pairs=[[1, 2]]), got {pairs!r}."
         )
-    return array.astype(np.int64, copy=False)
+    return pairs
 
 
 def _known_rows(array: np.ndarray, num_classes: int, statistic: Statistic) -> np.ndarray:
     """Whether there is something to bound: the foreground classes, or pairs of classes, that are present."""
     present = np.bincount(array.ravel(), minlength=num_classes) > 0
-    pairs = _arguments(statistic).get("pairs")
+    pairs = _pairs(statistic, num_classes)
     if pairs is not None:
         return np.array([present[first] and present[second] for first, second in pairs])
     present[0] = False
     return present
 
 
-def _values(
-    array: np.ndarray, num_classes: int, statistic: Statistic, options: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values (R, M) in float64, and which rows are known; the others' values mean nothing."""
-    known = _known_rows(array, num_classes, statistic)
-    if _function(statistic) is soft_size:
-        voxel = math.prod(options.get("spacing_mm") or (1.0,))
-        return voxel * np.bincount(array.ravel(), minlength=num_classes)[:, None].astype(np.float64), known
+def _values(array: np.ndarray, known: np.ndarray, num_classes: int, statistic: Statistic, options: Any) -> np.ndarray:
+    """Values (R, M) in float64; those of rows that are not known mean nothing."""
 
-    def values(classes: Sequence[int]) -> np.ndarray:
+    def of(classes: Sequence[int]) -> np.ndarray:
         masks = torch.from_numpy(np.stack([array == cls for cls in classes])[None])
         return np.asarray(statistic(masks.double(), **options)[0], dtype=np.float64)
 
-    if _function(statistic) not in _CLASS_BY_CLASS:
-        found = values(range(num_classes))
-    else:
+    if _function(statistic) in _CLASS_BY_CLASS:
         classes = [*np.flatnonzero(known)] or [1]
-        rows = np.concatenate([values([cls]) for cls in classes])
-        found = np.zeros((num_classes, rows.shape[1]))
-        found[classes] = rows
-    if len(found) != len(known):
+        rows = np.concatenate([of([cls]) for cls in classes])
+        values = np.zeros((num_classes, rows.shape[1]))
+        values[classes] = rows
+        return values
+    values = of(range(num_classes))
+    if len(values) != len(known):
         raise ValueError(
-            f"statistic: expected one row for each of the {len(known)} classes or pairs, got {len(found)}; a relation "
+            f"statistic: expected one row for each of the {len(known)} classes or pairs, got {len(values)}; a relation "
             "between classes needs an argument `pairs`."
         )
-    return found, known
+    return values
 
 
 def _bounds(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, statistic: Statistic) -> Tensor:
@@ -338,25 +333,24 @@ def _bounds(lower: np.ndarray, upper: np.ndarray, known: np.ndarray, statistic: 
     return bounds
 
 
-def _checked_margins(margin: Margin, relative_margin: Margin) -> tuple[np.ndarray, np.ndarray]:
-    """Share and steps, one of which is 0."""
+def _margins(margin: Margin, relative_margin: Margin) -> dict[str, np.ndarray]:
+    """Both margins, one of which is 0."""
     if margin is not None and relative_margin is not None:
         raise ValueError("margin: expected a margin or a relative_margin, got both; remove one.")
     if margin is None and relative_margin is None:
         relative_margin = 0.1
-    sides = []
-    for name, given in (("relative_margin", relative_margin), ("margin", margin)):
-        values = np.atleast_1d(np.asarray(0.0 if given is None else given, dtype=np.float64))
+    given = {"margin": margin, "relative_margin": relative_margin}
+    found = {name: np.atleast_1d(0.0 if value is None else np.asarray(value, float)) for name, value in given.items()}
+    for name, values in found.items():
         if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
-            raise ValueError(f"{name}: expected a number >= 0, or one for each component, got {given!r}.")
-        sides.append(values)
-    return sides[0], sides[1]
+            raise ValueError(f"{name}: expected a number >= 0, or one for each component, got {given[name]!r}.")
+    return found
 
 
-def _checked_table(bounds: Any, num_classes: int, statistic: Statistic, name: str) -> np.ndarray:
+def _table(bounds: Any, num_classes: int, statistic: Statistic, name: str) -> np.ndarray:
     """Common bounds as (R, M, 2), without a row for the background."""
-    pairs = _arguments(statistic).get("pairs")
-    rows = num_classes - 1 if pairs is None else len(pairs)
+    pairs = _pairs(statistic, num_classes)
+    rows, what = (num_classes - 1, "foreground classes") if pairs is None else (len(pairs), "pairs")
     try:
         table = np.asarray(bounds, dtype=np.float64)
     except (TypeError, ValueError):
@@ -364,7 +358,6 @@ def _checked_table(bounds: Any, num_classes: int, statistic: Statistic, name: st
     table = table[:, None] if table.ndim == 2 else table
     ordered = table.ndim == 3 and table.shape[::2] == (rows, 2) and bool((table[..., 0] <= table[..., 1]).all())
     if not ordered or (_function(statistic) is soft_size and (table < 0).any()):
-        what = "foreground classes" if pairs is None else "pairs"
         raise ValueError(
             f"{name}: expected [lower, upper], lower <= upper, for each of the {rows} {what}, and >= 0 for sizes, got "
             f"{bounds!r}."

@@ -20,9 +20,11 @@ from monai.utils import OptionalImportError
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from medconstraints import checks
+from medconstraints.checks import label_name
+
 __all__ = ["CheckVolumesd", "LoadVolumed", "VolumeError"]
 
-SHOWN_VALUES = 5
 CHUNK_BYTES = 1 << 22
 
 
@@ -67,7 +69,7 @@ class LoadVolumed(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.loader = LoadImage(reader=reader, image_only=True, dtype=dtype, ensure_channel_first=False)
         self.to_channel_first = EnsureChannelFirst() if ensure_channel_first else None
-        self.spatial_dims = _checked_dims(spatial_dims)
+        self.spatial_dims = checks.choice("spatial_dims", spatial_dims, (2, 3))
         self.allow_channels = allow_channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -99,7 +101,7 @@ class LoadVolumed(MapTransform):
 
     def _check_axes(self, name: str, image: torch.Tensor, files: int) -> None:
         # MONAI stacks the files of a list in front; files that have a channel axis are joined along that one.
-        stacked = files > 1 and _meta(image).get("original_channel_dim") == 0
+        stacked = files > 1 and isinstance(image, MetaTensor) and image.meta.get("original_channel_dim") == 0
         axes = tuple(image.shape[1:] if stacked else image.shape)
         extra = len(axes) - self.spatial_dims
         if extra < 0:
@@ -159,17 +161,13 @@ class CheckVolumesd(MapTransform):
         super().__init__([image_key] if label_key is None else [image_key, label_key])
         self.image_key = image_key
         self.label_key = label_key
-        self.spatial_dims = _checked_dims(spatial_dims)
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, background included, got {num_classes}.")
+        self.spatial_dims = checks.choice("spatial_dims", spatial_dims, (2, 3))
+        self.num_classes = None if num_classes is None else checks.whole_number("num_classes", num_classes, 2)
         if min_shape is not None and len(min_shape) != spatial_dims:
             raise ValueError(f"min_shape: expected {spatial_dims} sizes, got {tuple(min_shape)}.")
-        if not affine_tolerance >= 0:
-            raise ValueError(f"affine_tolerance: expected a share >= 0 of the voxel spacing, got {affine_tolerance}.")
-        self.num_classes = num_classes
         self.min_shape = None if min_shape is None else tuple(min_shape)
         self.allow_empty_label = allow_empty_label
-        self.affine_tolerance = affine_tolerance
+        self.affine_tolerance = checks.number("affine_tolerance", affine_tolerance, least=0)
         self.ignore_index = ignore_index
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
@@ -178,138 +176,101 @@ class CheckVolumesd(MapTransform):
             raise KeyError(
                 f"{self.image_key}: expected this key in the item, got {sorted(map(str, data))}; set image_key."
             )
-        image, label = data[self.image_key], data.get(self.label_key)
-        for key, volume in ((self.image_key, image), (self.label_key, label)):
-            if volume is not None and not hasattr(volume, "shape"):
+        found: dict[Hashable, list[str]] = {}
+        for key in [key for key in (self.image_key, self.label_key) if data.get(key) is not None]:
+            volume = data[key]
+            if not isinstance(volume, torch.Tensor | np.ndarray):
                 raise TypeError(
                     f"{key}: expected a loaded volume, got {type(volume).__name__}; put CheckVolumesd after loading."
                 )
-        problems = [f"{_name(image, self.image_key)}: {problem}" for problem in self._image_problems(image)]
+            found[key] = self._axes_problems(volume)
+        image, label = (data[key] if found.get(key) == [] else None for key in (self.image_key, self.label_key))
+        if image is not None:
+            found[self.image_key] += self._image_problems(_array(image))
         if label is not None:
-            found = [*self._label_problems(label), *self._pair_problems(image, label)]
-            problems += [f"{_name(label, self.label_key)}: {problem}" for problem in found]
-        if problems:
-            raise VolumeError("\n".join(problems))
+            found[self.label_key] += self._label_problems(_array(label))
+        if image is not None and label is not None:
+            found[self.label_key] += self._pair_problems(image, label)
+        lines = [f"{label_name(data[key], key)}: {problem}" for key, problems in found.items() for problem in problems]
+        if lines:
+            raise VolumeError("\n".join(lines))
         return data
 
-    def _image_problems(self, image: torch.Tensor) -> list[str]:
-        problem = self._axes_problem(image)
-        if problem:
-            return [problem]
-        values = _plain(image)
-        problems = []
-        shape = tuple(values.shape[1:])
+    def _axes_problems(self, volume: torch.Tensor | np.ndarray) -> list[str]:
+        shape = tuple(volume.shape)
+        if len(shape) == self.spatial_dims + 1:
+            return [] if min(shape) > 0 else [f"has the shape {shape}, it holds no voxel; export it again."]
+        advice = "use EnsureChannelFirstd before this check, or set spatial_dims"
+        if len(shape) > self.spatial_dims:
+            advice = "take one time point or contrast per item (LoadVolumed says so while loading)"
+        return [f"has the shape {shape}, expected one channel axis and {self.spatial_dims} spatial axes; {advice}."]
+
+    def _image_problems(self, image: np.ndarray) -> list[str]:
+        problems, shape = [], image.shape[1:]
         if self.min_shape is not None and any(size < low for size, low in zip(shape, self.min_shape, strict=True)):
             problems.append(
                 f"has the shape {shape}, expected at least {self.min_shape}; pad it (SpatialPadd) or leave it out."
             )
-        # One pass tells a sound image: its extremes are finite and differ (NaN and infinity show in them).
-        low, high = torch.aminmax(values.flatten(1), dim=1)
-        constant = [channel for channel in range(len(values)) if low[channel] == high[channel]]
-        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            finite = torch.isfinite(values)
-            constant = [c for c, usable in enumerate(finite) if values[c][usable].unique().numel() == 1]
-            for kind, wrong in (("NaN", torch.isnan(values)), ("infinite", torch.isinf(values))):
-                count = int(wrong.sum())
-                if count:
-                    first = tuple(int(i) for i in wrong.nonzero()[0])
+        # The extremes tell a sound image: they are finite (NaN and infinity show in them) and differ.
+        flat = image.reshape(len(image), -1)
+        low, high = flat.min(1), flat.max(1)
+        constant = np.flatnonzero(low == high).tolist()
+        if not (np.isfinite(low) & np.isfinite(high)).all():
+            constant = [c for c, values in enumerate(flat) if len(np.unique(values[np.isfinite(values)])) == 1]
+            for kind, wrong in (("NaN", np.isnan(image)), ("infinite", np.isinf(image))):
+                if count := int(wrong.sum()):
+                    channel, *first = (int(i) for i in np.argwhere(wrong)[0])
                     problems.append(
-                        f"has {count} {kind} voxel{'s' * (count > 1)}, the first at {first[1:]} of channel {first[0]}; "
+                        f"has {count} {kind} voxel{'s' * (count > 1)}, the first at {tuple(first)} of channel {channel}; "
                         "repair the file, or replace them before this check."
                     )
         if constant:
-            which = f"channel {', '.join(map(str, constant))} of {len(values)}"
+            which = f"channel {', '.join(map(str, constant))} of {len(image)}"
             problems.append(f"is constant in {which}; it holds no picture: leave it out or export it again.")
         return problems
 
-    def _label_problems(self, label: torch.Tensor) -> list[str]:
-        problem = self._axes_problem(label)
-        if problem:
-            return [problem]
-        if label.shape[0] != 1:
-            return [f"has {label.shape[0]} channels, expected one with class numbers; use AsDiscreted(argmax=True)."]
-        values = _plain(label).flatten()
-        if self.ignore_index is not None:
-            values = values[values != self.ignore_index]
-        top = math.inf if self.num_classes is None else self.num_classes - 1
-        whole = not values.is_floating_point() or torch.equal(values, values.round())  # False for NaN
-        if not (whole and bool(((values >= 0) & (values <= top) & (values != math.inf)).all())):
-            wrong = (values < 0) | (values > top) | (values != values.round()) | (values == math.inf)
-            found = values[wrong & ~values.isnan()].unique().tolist()  # unique() lists every NaN
-            found += [math.nan] if values.isnan().any() else []
-            shown = ", ".join(f"{value:g}" for value in found[:SHOWN_VALUES])
-            shown += f" and {len(found) - SHOWN_VALUES} more" if len(found) > SHOWN_VALUES else ""
-            last = "1, 2, ..." if self.num_classes is None else f"{top}"
+    def _label_problems(self, label: np.ndarray) -> list[str]:
+        if len(label) != 1:
+            return [f"has {len(label)} channels, expected one with class numbers; use AsDiscreted(argmax=True)."]
+        values = label if self.ignore_index is None else label[label != self.ignore_index]
+        if stray := checks.stray_values(values, self.num_classes):
+            last = "1, 2, ..." if self.num_classes is None else self.num_classes - 1
             return [
-                f"has values that are no class number 0 to {last}: {shown}; map them (MapLabelValued), set "
-                "num_classes or ignore_index, or resample labels with mode='nearest'."
+                f"has values that are no class number 0 to {last}: {stray}; map them (MapLabelValued), set num_classes "
+                "or ignore_index, or resample labels with mode='nearest'."
             ]
-        problems = []
-        foreground = int(torch.count_nonzero(values))
-        background = values.numel() - foreground
+        foreground = np.count_nonzero(values)
         if not foreground and not self.allow_empty_label:
-            problems.append("has no foreground voxel; leave this item out, or set allow_empty_label=True.")
-        if foreground and not background:
-            problems.append(
+            return ["has no foreground voxel; leave this item out, or set allow_empty_label=True."]
+        if foreground and foreground == values.size:
+            return [
                 f"has no background voxel (all {foreground} are foreground); nothing lies outside the object, so check "
                 "that 0 is the background, or leave the item out."
-            )
-        return problems
-
-    def _pair_problems(self, image: torch.Tensor, label: torch.Tensor) -> list[str]:
-        if self._axes_problem(image) or self._axes_problem(label):
-            return []
-        if image.shape[1:] != label.shape[1:]:
-            return [
-                f"has the shape {tuple(label.shape[1:])}, its image {_name(image, self.image_key)} "
-                f"{tuple(image.shape[1:])}; check that they belong together, or use ResampleToMatchd."
-            ]
-        if not isinstance(image, MetaTensor) or not isinstance(label, MetaTensor):
-            return []
-        affine = torch.as_tensor(image.affine, dtype=torch.float64).cpu()
-        difference = (torch.as_tensor(label.affine, dtype=torch.float64).cpu() - affine).abs()
-        tolerance_mm = self.affine_tolerance * affine[:-1, : self.spatial_dims].norm(dim=0).min()
-        # A NaN difference is larger than any tolerance: hence the negation.
-        if not bool((difference <= tolerance_mm).all()):
-            what = "origin" if bool((difference[:-1, :-1] <= tolerance_mm).all()) else "voxel size or direction"
-            return [
-                f"has another affine than its image {_name(image, self.image_key)}: the {what} differs by up to "
-                f"{float(difference.max()):.4g} mm; use ResampleToMatchd, or copy the header if the voxels agree."
             ]
         return []
 
-    def _axes_problem(self, volume: torch.Tensor) -> str:
-        shape = tuple(volume.shape)
-        dims = len(shape) - 1
-        if dims == self.spatial_dims:
-            return "" if min(shape) > 0 else f"has the shape {shape}, it holds no voxel; export it again."
-        if dims > self.spatial_dims:
-            advice = "take one time point or contrast per item (LoadVolumed says so while loading)"
-        else:
-            advice = "use EnsureChannelFirstd before this check, or set spatial_dims"
-        return f"has the shape {shape}, expected one channel axis and {self.spatial_dims} spatial axes; {advice}."
+    def _pair_problems(self, image: torch.Tensor | np.ndarray, label: torch.Tensor | np.ndarray) -> list[str]:
+        name = label_name(image, self.image_key)
+        if image.shape[1:] != label.shape[1:]:
+            return [
+                f"has the shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}; check that they "
+                "belong together, or use ResampleToMatchd."
+            ]
+        if not isinstance(image, MetaTensor) or not isinstance(label, MetaTensor):
+            return []
+        difference = np.abs(np.asarray(label.affine.cpu(), float) - np.asarray(image.affine.cpu(), float))
+        near = difference <= self.affine_tolerance * min(checks.affine_spacing(image, name))  # NaN is not
+        if near.all():
+            return []
+        what = "origin" if near[:-1, :-1].all() else "voxel size or direction"
+        return [
+            f"has another affine than its image {name}: the {what} differs by up to {difference.max():.4g} mm; use "
+            "ResampleToMatchd, or copy the header if the voxels agree."
+        ]
 
 
-def _checked_dims(spatial_dims: int) -> int:
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}.")
-    return spatial_dims
-
-
-def _meta(volume: Any) -> Mapping[str, Any]:
-    return volume.meta if isinstance(volume, MetaTensor) else {}
-
-
-def _plain(volume: torch.Tensor) -> torch.Tensor:
-    values = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
-    # torch cannot compare every integer type that a file may have.
-    return values.to(torch.int64) if values.dtype in (torch.bool, torch.uint16, torch.uint32, torch.uint64) else values
-
-
-def _name(volume: Any, key: Hashable) -> str:
-    """File name of a volume; its key where it did not come from a file."""
-    name = _meta(volume).get("filename_or_obj")
-    return Path(str(name)).name if name else str(key)
+def _array(volume: torch.Tensor | np.ndarray) -> np.ndarray:
+    return np.asarray(volume.detach().cpu() if isinstance(volume, torch.Tensor) else volume)
 
 
 def _first_line(error: Exception) -> str:

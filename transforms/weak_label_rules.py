@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medconstraints import checks
 
-__all__ = ["Erosion", "Points", "Scribble", "whole_label"]
+__all__ = ["Erosion", "Points", "Scribble"]
 
 Part = tuple[int | slice, ...]
 
@@ -44,7 +44,7 @@ class Erosion:
 
     def __call__(self, label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
         """The weak label (*S), int32, of a label (*S): the class where it is annotated, else `ignore_index`."""
-        array = whole_label(label, ignore_index)
+        array = checks.class_numbers(label, ignore_index=ignore_index)
         weak = np.full_like(array, ignore_index)
         for cls, part in _classes_in_parts(array, self.slice_axis, ignore_index):
             # Nothing of the class lies outside its bounding box, and constant mode takes what lies outside for zero.
@@ -89,7 +89,7 @@ class Points:
 
     def __call__(self, label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
         """The weak label (*S), int32, of a label (*S): the class where it is annotated, else `ignore_index`."""
-        array = whole_label(label, ignore_index)
+        array = checks.class_numbers(label, ignore_index=ignore_index)
         weak = np.full_like(array, ignore_index)
         random = np.random.default_rng([self.seed, zlib.crc32(array.tobytes())])
         for cls, part in _classes_in_parts(array, self.slice_axis, ignore_index, self.background):
@@ -137,7 +137,7 @@ class Scribble:
 
     def __call__(self, label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
         """The weak label (*S), int32, of scribbles (*S), which may have `ignore_index` as well as `unlabelled`."""
-        values = _array(label)
+        values = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
         if stray := checks.stray_values(values, self.num_classes, (self.unlabelled, ignore_index)):
             last = "1, 2, ..." if self.num_classes is None else self.num_classes - 1
             raise ValueError(
@@ -148,27 +148,6 @@ class Scribble:
         weak = np.full(values.shape, ignore_index, dtype=np.int32)
         weak[~blank] = values[~blank]
         return weak
-
-
-def whole_label(label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
-    """The label (*S) itself, as int32 in C order (equal labels have equal bytes), checked.
-
-    Raises:
-        ValueError: it is not 2D or 3D, or has other values than class numbers and `ignore_index`.
-    """
-    array = _array(label)
-    if array.ndim not in (2, 3):
-        raise ValueError(f"label: expected a 2D or 3D map without channel axis, got shape {array.shape}.")
-    if stray := checks.stray_values(array, ignored=[ignore_index]):
-        raise ValueError(
-            f"label: expected whole class numbers >= 0 or ignore_index={ignore_index}, got {stray}; set ignore_index, "
-            "map them (MapLabelValued), or resample labels with mode='nearest'."
-        )
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _array(label: np.ndarray | Tensor) -> np.ndarray:
-    return np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
 
 
 def _disc(mask: np.ndarray, centre: np.ndarray, radius: int) -> tuple[Part, np.ndarray]:

@@ -13,7 +13,6 @@ from monai.utils import convert_to_dst_type
 
 from medconstraints import checks
 from medconstraints.transforms.check_volumes import VolumeError
-from medconstraints.transforms.weak_label_rules import whole_label
 
 __all__ = ["WeakLabeld"]
 
@@ -92,7 +91,10 @@ class WeakLabeld(MapTransform):
         label, name = item[key], checks.label_name(item[key], key)
         try:
             checks.label_map(label, "label")
-            weak = (whole_label if full else self.rule)(label[0], self.ignore_index)
+            if full:
+                weak = checks.class_numbers(label[0], ignore_index=self.ignore_index)
+            else:
+                weak = self.rule(label[0], self.ignore_index)
         except ValueError as error:
             raise VolumeError(f"{name}: {str(error).removeprefix('label: ')}") from error
         if not self.allow_empty and (weak == self.ignore_index).all():

@@ -229,7 +229,7 @@ def test_any_type_of_label(convert):
     ("label", "num_classes", "options", "words"),
     [
         (np.zeros((1, 2, 3, 4)), 2, {}, r"label: expected a 2D or 3D map without channel axis, got shape \(1, 2, 3, 4"),
-        (LABEL, 2, {}, r"label: expected class numbers 0 to 1 on every voxel, got 2; set num_c"),
+        (LABEL, 2, {}, r"label: expected class numbers 0 to 1 on every voxel, got 2; correct num_c"),
         (np.array([[0, -1, 0.5, np.nan]]), 2, {}, r"label: expected class numbers 0 to 1 .* got -1, 0\.5, nan;"),
         (LABEL, 1, {}, "num_classes: expected an integer >= 2, got 1"),
         (LABEL, 4, {"margin": -0.1}, r"margin: expected a number >= 0, .* got -0\.1"),
@@ -309,6 +309,8 @@ def test_common_bounds_from_a_file(tmp_path):
         ({"level": [[-2, 1], [1, 1], [1, 1]]}, "level: expected .* >= 0 for sizes"),
         ({"level": [[1, float("nan")], [1, 1], [1, 1]]}, "level: expected .* lower <= upper"),
         ({"statistic": partial(soft_size_ratio, pairs=[[1, 2]]), "level": COMMON}, "for each of the 1 pairs"),
+        ({"statistic": soft_size_ratio}, r"statistic: expected pairs of the classes 0\.\.3, such as .*partial"),
+        ({"statistic": partial(soft_size_ratio, pairs=[[1, 4]])}, r"statistic: expected pairs .* got \[\[1, 4\]\]"),
         ({"margin": -1}, "margin: expected a number >= 0"),
     ],
 )

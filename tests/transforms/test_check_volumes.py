@@ -72,60 +72,43 @@ def test_loads_what_monai_loads(tmp_path, picture):
     assert LoadVolumed("other", allow_missing_keys=True)(case) == case
 
 
-@pytest.mark.parametrize("reader", [None, "NibabelReader", "ITKReader"])
-@pytest.mark.parametrize(
-    ("name", "spoil", "reason", "cause"),
-    [
-        (
-            "a.nii.gz",
-            lambda raw: raw[: len(raw) // 2],
-            "is truncated (its compressed data end too early); copy",
-            EOFError,
-        ),
-        ("a.nii.gz", lambda raw: raw[:60], "is truncated (its compressed data end too early)", EOFError),
-        (
-            "a.nii",
-            lambda raw: gzip.decompress(raw)[:900],
-            "is truncated (900 bytes of 4192); copy or download it",
-            None,
-        ),
-        (
-            "a.nii.gz",
-            lambda raw: gzip.compress(gzip.decompress(raw)[:900]),
-            "is truncated (900 bytes of 4192)",
-            None,
-        ),
-        ("a.nii.gz", lambda raw: raw[:-8] + bytes(8), "is damaged (BadGzipFile: CRC check failed", gzip.BadGzipFile),
-        ("a.nii.gz", lambda raw: raw[:40] + b"\xff" * 400 + raw[440:], "is damaged (error: Error", zlib.error),
-        ("a.nii.gz", lambda raw: b"scan " * 400, "is not gzip-compressed although its name ends in .gz; rename", None),
-        (
-            "a.nii.gz",
-            lambda raw: gzip.compress(b"scan " * 400),
-            "is not a NIfTI file, or its header is damaged; export it again",
-            nib.filebasedimages.ImageFileError,
-        ),
-        ("a.nii", lambda raw: b"scan " * 400, "is not a NIfTI file", nib.filebasedimages.ImageFileError),
-        ("a.nii", gzip.decompress, None, None),
-        ("a.nii.gz", lambda raw: b"", "is empty (0 bytes); copy or download it again", None),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, picture, reader, name, spoil, reason, cause):
+BAD_GZIP, BAD_NIFTI = gzip.BadGzipFile, nib.filebasedimages.ImageFileError
+SPOILT = {
+    "half": (
+        "a.nii.gz",
+        lambda raw: raw[: len(raw) // 2],
+        r"is truncated \(its compressed data end too early",
+        EOFError,
+    ),
+    "plain": ("a.nii", lambda raw: gzip.decompress(raw)[:900], r"is truncated \(900 bytes of 4192\); copy", None),
+    "packed": ("a.nii.gz", lambda raw: gzip.compress(gzip.decompress(raw)[:900]), r"is truncated \(900 bytes", None),
+    "checksum": ("a.nii.gz", lambda raw: raw[:-8] + bytes(8), r"is damaged \(BadGzipFile: CRC check failed", BAD_GZIP),
+    "bytes": ("a.nii.gz", lambda raw: raw[:40] + b"\xff" * 400 + raw[440:], r"is damaged \(error: Error", zlib.error),
+    "name": ("a.nii.gz", lambda raw: b"scan " * 400, r"is not gzip-compressed although its name ends in \.gz", None),
+    "text": ("a.nii.gz", lambda raw: gzip.compress(b"scan " * 400), "is not a NIfTI file, or its header", BAD_NIFTI),
+    "empty": ("a.nii.gz", lambda raw: b"", r"is empty \(0 bytes\); copy or download it again", None),
+    "good": ("a.nii", gzip.decompress, None, None),
+}
+
+
+@pytest.mark.parametrize(("name", "spoil", "reason", "cause"), SPOILT.values(), ids=SPOILT)
+def test_files_that_cannot_be_read(tmp_path, picture, name, spoil, reason, cause):
+    """Whichever reader would read them: ITK fills up, nibabel does not look."""
     raw = save(tmp_path / "good.nii.gz", picture).read_bytes()
     (tmp_path / name).write_bytes(spoil(raw))
-    load = LoadVolumed("image", reader=reader)
-    if reason is None:  # the same bytes, unspoilt: the check is not what refuses the others
-        assert load({"image": tmp_path / name})["image"].shape == (1, *SHAPE)
-        return
-    with pytest.raises(VolumeError) as caught:
-        load({"image": tmp_path / name})
-    assert str(caught.value).startswith(f"{name}: {reason}")
-    assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
+    for reader in (None, "NibabelReader", "ITKReader"):
+        load = LoadVolumed("image", reader=reader)
+        if reason is None:  # the same bytes, unspoilt: the check is not what refuses the others
+            assert load({"image": tmp_path / name})["image"].shape == (1, *SHAPE)
+            continue
+        with pytest.raises(VolumeError, match=rf"^{name}: {reason}") as caught:
+            load({"image": tmp_path / name})
+        assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
 
 
-@pytest.mark.parametrize("reader", [None, "ITKReader"])
-def test_missing_file(tmp_path, reader):
+def test_missing_file(tmp_path):
     with pytest.raises(VolumeError, match=r"absent\.nii\.gz: no such file .*check the data list") as caught:
-        LoadVolumed("image", reader=reader)({"image": tmp_path / "absent.nii.gz"})
+        LoadVolumed("image", reader="ITKReader")({"image": tmp_path / "absent.nii.gz"})
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
@@ -155,7 +138,6 @@ def test_a_reader_that_fails_is_named(tmp_path):
             {},
             r"is 4D \(6, 5, 4, 3\), expected 3 spatial axes; save one time point .* allow_channels=True",
         ),
-        ((6, 5, 4, 1, 3), {"allow_channels": True}, r"is 5D \(6, 5, 4, 1, 3\)"),
         ((6, 5), {}, r"has 2 axes \(6, 5\), expected 3 spatial axes; use a volume, or set spatial_dims=2"),
         ((6, 5), {"spatial_dims": 2}, (1, 6, 5)),
         ((6, 5, 4), {"spatial_dims": 2}, r"is 3D \(6, 5, 4\), expected 2 spatial axes"),
@@ -207,24 +189,19 @@ def test_what_is_no_path():
 # CheckVolumesd
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        item(),
+def test_sound_items_come_back_unchanged():
+    pairs = [
         item(image=(IMAGE * 100).to(torch.int16), label=LABEL.to(torch.uint8)),
-        item(label=torch.zeros(1, *SHAPE)),
-        item(image=torch.cat([IMAGE, -IMAGE])),
+        item(image=torch.cat([IMAGE, -IMAGE]), label=torch.zeros(1, *SHAPE)),
         item(affine=AFFINE + 0.014),  # the smallest voxel side is 1.5 mm
         {"image": IMAGE, "label": LABEL},  # plain tensors
         {"image": IMAGE.numpy(), "label": LABEL.numpy().astype(np.uint16)},
-    ],
-    ids=["floats", "integers", "empty label", "channels", "rounded affine", "tensors", "arrays"],
-)
-def test_sound_items_come_back_unchanged(pair):
-    before = {key: np.array(value) for key, value in pair.items()}
-    out = CheckVolumesd("image", "label", num_classes=3, min_shape=SHAPE)(pair)
-    assert out is pair
-    assert all(np.array_equal(out[key], before[key]) for key in before)
+    ]
+    for pair in pairs:
+        before = {key: np.array(value) for key, value in pair.items()}
+        out = CheckVolumesd("image", "label", num_classes=3, min_shape=SHAPE)(pair)
+        assert out is pair
+        assert all(np.array_equal(out[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +224,8 @@ def test_sound_items_come_back_unchanged(pair):
             {},
             r"has 1 infinite voxel, the first at \(1, 2, 3\) of channel 0",
         ),
-        (torch.full((1, *SHAPE), 7.0), {}, "is constant in channel 0 of 1; it holds no picture"),
-        (torch.cat([IMAGE, 0 * IMAGE, 0 * IMAGE]), {}, "is constant in channel 1, 2 of 3"),
+        (torch.cat([IMAGE, 0 * IMAGE + 7, 0 * IMAGE]), {}, "is constant in channel 1, 2 of 3; it holds no picture"),
         (changed(0 * IMAGE, (0, 1, 2, 3), float("nan")), {}, r"has 1 NaN voxel,.*\n.*is constant in channel 0 of 1"),
-        (torch.ones(1, *SHAPE, dtype=torch.bool), {}, "is constant in channel 0"),
         (IMAGE, {"min_shape": (12, 16, 8)}, r"has the shape \(12, 10, 8\), expected at least \(12, 16, 8\); pad it"),
     ],
 )
@@ -277,16 +252,15 @@ def bad_label(new):
             r"has another affine than its image case\.nii\.gz: the origin differs by up to 2\.5 mm; use",
         ),
         (item(affine=np.diag([1.5, -2.0, 3.0, 1.0])), {}, "the voxel size or direction differs by up to 3 mm"),
-        (item(affine=AFFINE + 0.016), {}, "has another affine than its image"),
-        (item(affine=AFFINE + 5e-4), {"affine_tolerance": 1e-4}, "has another affine than its image"),
         (item(affine=np.full((4, 4), np.nan)), {}, "has another affine than its image"),
         (item(label=bad_label([3.0, 7.0])), {}, r"has values that are no class number 0 to 2: 3, 7; map them"),
-        (item(label=bad_label([-1.0])), {}, "no class number 0 to 2: -1;"),
         (item(label=bad_label([0.5, 1.25])), {"num_classes": None}, r"no class number 0 to 1, 2, \.\.\.: 0\.5, 1\.25;"),
-        (item(label=bad_label([float("nan")] * 3)), {"num_classes": None}, "no class number 0 to 1, 2, ...: nan;"),
+        (
+            item(label=bad_label([float("nan"), float("nan"), float("inf"), -1.0])),
+            {"num_classes": None},
+            r"no class number 0 to 1, 2, \.\.\.: -1, inf, nan;",
+        ),
         (item(label=bad_label([9.0, 8, 7, 6, 5, 4, 3])), {}, "0 to 2: 3, 4, 5, 6, 7 and 2 more;"),
-        (item(label=bad_label([float("inf")])), {"num_classes": None}, "no class number 0 to 1, 2, ...: inf;"),
-        (item(label=(255 * (LABEL > 0)).to(torch.uint8)), {"num_classes": 2}, "0 to 1: 255; map them"),
         (
             item(label=0 * LABEL),
             {"allow_empty_label": False},
@@ -298,7 +272,6 @@ def bad_label(new):
             {},
             r"has 2 channels, expected one with class numbers; use AsDiscreted",
         ),
-        (item(label=LABEL[0]), {}, r"has the shape \(12, 10, 8\), expected one channel axis"),
     ],
 )
 def test_unusable_labels(pair, arguments, reason):
@@ -307,20 +280,21 @@ def test_unusable_labels(pair, arguments, reason):
     CheckVolumesd()(pair)  # the image itself is sound
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
 def test_affines_are_compared_in_voxels(scale):
     """Microscopy or a coarse scan: 1 % of the smallest voxel side is let through, 1.1 % is not."""
     turn = np.array([[0, -1, 0, 0], [0.8, 0, -0.6, 0], [0.6, 0, 0.8, 0], [0, 0, 0, 1.0]])
     affine = turn @ np.diag([2 * scale, scale, 3 * scale, 1])
-    for share, sound in ((0.0099, True), (0.011, False)):
-        moved = affine.copy()
-        moved[1, 3] += share * scale
-        pair = {"image": meta(IMAGE, affine=affine), "label": meta(LABEL, "case_label.nii.gz", affine=moved)}
-        if sound:
-            assert CheckVolumesd(label_key="label")(pair) is pair
-        else:
-            with pytest.raises(VolumeError, match=r"has another affine than its image .* the origin differs"):
-                CheckVolumesd(label_key="label")(pair)
+    check = CheckVolumesd(label_key="label")
+    moved = affine.copy()
+    moved[1, 3] += 0.0099 * scale
+    pair = {"image": meta(IMAGE, affine=affine), "label": meta(LABEL, "case_label.nii.gz", affine=moved)}
+    assert check(pair) is pair
+    with pytest.raises(VolumeError, match=r"has another affine than its image .* the origin differs"):
+        CheckVolumesd(label_key="label", affine_tolerance=9e-3)(pair)
+    moved[1, 3] += 0.0011 * scale
+    with pytest.raises(VolumeError, match=r"has another affine than its image .* the origin differs"):
+        check({**pair, "label": meta(LABEL, "case_label.nii.gz", affine=moved)})
 
 
 def test_values_without_annotation():
@@ -371,18 +345,11 @@ def test_two_dimensions():
         CheckVolumesd()(pair)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"num_classes": 1}, "num_classes: expected at least 2, background included, got 1"),
-        ({"spatial_dims": 4}, "spatial_dims: expected 2 or 3, got 4"),
-        ({"min_shape": (4, 4)}, r"min_shape: expected 3 sizes, got \(4, 4\)"),
-        ({"affine_tolerance": float("nan")}, "affine_tolerance: expected a share >= 0 of the voxel spacing, got nan"),
-    ],
-)
-def test_arguments(arguments, reason):
-    with pytest.raises(ValueError, match=reason):
-        CheckVolumesd(**arguments)
+def test_arguments():
+    wrong = {"num_classes": 1, "spatial_dims": 4, "min_shape": (4, 4), "affine_tolerance": float("nan")}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected .*, got .*"):
+            CheckVolumesd(**{name: value})
 
 
 # Real files
@@ -415,12 +382,6 @@ def test_real_label_of_another_organ(data_root):
     assert message.startswith(f"{organ}: has the shape (512, 512, 94), its image ")
 
 
-def test_real_label_of_another_patient(data_root):
-    first, second = json.loads((data_root / "hippocampus.json").read_text())["training"][:2]
-    case = {"image": data_root / first["image"], "label": data_root / second["label"]}
-    assert "check that they belong together" in cause_of(lambda: chain(num_classes=3)(case))
-
-
 def test_real_image_without_label(data_root):
     odd = data_root / "hippocampus/odd/image_without_label_118.nii.gz"
     case = {"image": odd, "label": data_root / "hippocampus/labelsTr/hippocampus_118.nii.gz"}
@@ -434,12 +395,3 @@ def test_real_scribble_needs_its_ignore_value(data_root):
     message = cause_of(lambda: chain(num_classes=4)(case))
     assert message.startswith("patient076_frame01_scribble.nii.gz: has values that are no class number 0 to 3: 4;")
     assert chain(num_classes=4, ignore_index=4)(case)["label"].shape[0] == 1
-
-
-def test_real_file_cut_in_half(data_root, tmp_path):
-    pair = json.loads((data_root / "hippocampus.json").read_text())["training"][0]
-    raw = (data_root / pair["image"]).read_bytes()
-    (tmp_path / "half.nii.gz").write_bytes(raw[: len(raw) // 2])
-    for reader in ("NibabelReader", "ITKReader"):
-        with pytest.raises(VolumeError, match=r"^half\.nii\.gz: is truncated"):
-            LoadVolumed("image", reader=reader)({"image": tmp_path / "half.nii.gz"})
