@@ -57,9 +57,9 @@ def whole_number(name: str, value: Any, least: int) -> int:
     Raises:
         ValueError: it is anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or value != int(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value).is_integer() or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}.")
-    return int(value)
+    return int(float(value))
 
 
 def number(name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf) -> float:

@@ -15,6 +15,7 @@ from medconstraints.transforms.chains import (
 )
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
 from medconstraints.transforms.collate import pad_boxes_collate
+from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
@@ -25,7 +26,6 @@ from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
 
 if TYPE_CHECKING:
-    from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
     from medconstraints.transforms.size_bounds import fit_size_bounds
 
 __all__ = [
@@ -65,10 +65,7 @@ __all__ = [
 ]
 
 _COMMAND_LINES = {
-    "fit_common_bounds": "common_bounds",
     "fit_size_bounds": "size_bounds",
-    "load_common_bounds": "common_bounds",
-    "save_common_bounds": "common_bounds",
 }
 
 

@@ -26,6 +26,7 @@ from medconstraints.statistics import (
     soft_size_ratio,
     soft_spread,
 )
+from medconstraints.transforms.common_bounds import load_common_bounds
 
 __all__ = ["LabelToBoundsd", "free_bounds", "label_to_bounds", "presence_bounds"]
 
@@ -147,7 +148,7 @@ class LabelToBoundsd(MapTransform):
             taken from the item, under their name.
         level: what is known (Kervadec 2020, 2.4.3). "individual": the value -+ a margin. "tags", of sizes (eq. 2.5): 1
             voxel to the whole image where the class is present. Common bounds, see `presence_bounds`: a list in
-            `units`, or the path of the .json file of sizes that `medconstraints.transforms.common_bounds` writes.
+            `units`, or the path of the .json file of sizes that `python -m medconstraints fit_common_bounds` writes.
             "none": free bounds; no label is needed, but an "image".
         margin: see `label_to_bounds`, in `units`.
         relative_margin: see `label_to_bounds`.
@@ -189,11 +190,10 @@ class LabelToBoundsd(MapTransform):
         if not callable(statistic):
             raise TypeError(f"statistic: expected a function such as soft_size, got {statistic!r}.")
         _pairs(statistic, self.num_classes)
+        _margins(margin, relative_margin)
         self.statistic = statistic
         self.units = checks.choice("units", units, UNITS)
-        self.in_mm = units == "mm" and "spacing_mm" in _arguments(statistic)
         self.level, self.common = self._checked_level(level)
-        _margins(margin, relative_margin)
         self.margin = margin
         self.relative_margin = relative_margin
         self.full_key = full_key
@@ -201,20 +201,18 @@ class LabelToBoundsd(MapTransform):
     def _checked_level(self, level: Any) -> tuple[str, np.ndarray | None]:
         """The level, "common" where it is bounds or their file, and these."""
         is_size = _function(self.statistic) is soft_size
-        word = level if isinstance(level, str) else ""
-        if word == "tags" and not is_size:
-            raise ValueError('level: expected "tags" for sizes alone: 1 voxel to all says nothing of this statistic.')
-        if self.units == "mm" and not self.in_mm and word == "individual":
-            raise ValueError('units: expected a statistic with an argument spacing_mm for "mm", got one without.')
-        if word in LEVELS:
-            return word, None
-        if word and not word.endswith(".json"):
+        if isinstance(level, str) and level in LEVELS:
+            if level == "tags" and not is_size:
+                raise ValueError('level: expected "tags" for sizes alone: 1 voxel to all is none of this statistic.')
+            if level == "individual" and self.units == "mm" and "spacing_mm" not in _arguments(self.statistic):
+                raise ValueError('units: expected a statistic with an argument spacing_mm for "mm", got one without.')
+            return level, None
+        if isinstance(level, str) and not level.endswith(".json"):
             levels = ", ".join(LEVELS)
-            raise ValueError(f"level: expected {levels}, common bounds, or the path of their .json file, got {word!r}.")
+            raise ValueError(
+                f"level: expected {levels}, common bounds, or the path of their .json file, got {level!r}."
+            )
         if isinstance(level, str | PathLike):
-            # Not imported above: `python -m medconstraints.transforms.common_bounds` would find itself imported.
-            from medconstraints.transforms.common_bounds import load_common_bounds
-
             if self.units != "voxel" or not is_size:
                 raise ValueError(f'level: expected soft_size and units "voxel" for {level}: such a file counts voxels.')
             level = load_common_bounds(level)
@@ -225,49 +223,42 @@ class LabelToBoundsd(MapTransform):
         item = dict(data)
         # At "none" nothing is looked up in the label; how many components there are, an image tells as well.
         key = "image" if self.level == "none" and self.key not in item else self.key
-        if key not in item and self.allow_missing_keys:
-            return item
         if key not in item:
+            if self.allow_missing_keys:
+                return item
             raise KeyError(f"{key}: expected this key in the item, got {sorted(map(str, item))}.")
         volume, name = item[key], checks.label_name(item[key], key)
         if key == self.key:
             checks.label_map(volume, name)
         spacing = checks.affine_spacing(volume, name) if self.units == "mm" else None
-        if self.level == "none" or checks.fully_labelled(item, self.full_key):
-            empty = np.zeros(tuple(volume.shape[1:]), dtype=np.uint8)
-            item[self.bounds_key] = free_bounds(*self._bounds(empty, item, spacing).shape[:2])
-        else:
-            try:
+        try:
+            if self.level == "none" or checks.fully_labelled(item, self.full_key):
+                nothing = np.zeros(tuple(volume.shape[1:]), dtype=np.uint8)
+                item[self.bounds_key] = free_bounds(*self._bounds(nothing, item, spacing).shape[:2])
+            else:
                 item[self.bounds_key] = self._bounds(volume[0], item, spacing)
-            except ValueError as error:
-                raise ValueError(f"{name}: {str(error).removeprefix('label: ')}") from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix('label: ')}") from error
         if spacing is not None:
             item["spacing_mm"] = torch.tensor(spacing, dtype=torch.float32)
         return item
 
     def _bounds(self, label: Any, item: Mapping[Hashable, Any], spacing: tuple[float, ...] | None) -> Tensor:
-        if self.common is not None:
-            return presence_bounds(label, self.num_classes, self.common, self.statistic)
+        table = self.common
         if self.level == "tags":
             voxel = math.prod(spacing or (1.0,))
-            whole = [[voxel, voxel * math.prod(label.shape)]] * (self.num_classes - 1)
-            return presence_bounds(label, self.num_classes, whole, self.statistic)
-        options: dict[str, Any] = {"spacing_mm": spacing} if self.in_mm else {}
-        for name, default in _arguments(self.statistic).items():
+            table = np.array([[[voxel, voxel * math.prod(label.shape)]]] * (self.num_classes - 1))
+        if table is not None:
+            return presence_bounds(label, self.num_classes, table, self.statistic)
+        arguments = _arguments(self.statistic)
+        options: dict[str, Any] = {"spacing_mm": spacing} if spacing is not None and "spacing_mm" in arguments else {}
+        for name, default in arguments.items():
             if default is inspect.Parameter.empty and name not in options:
                 if name not in item:
-                    raise KeyError(
-                        f"{name}: expected this argument of the statistic in the item, got {sorted(map(str, item))}."
-                    )
+                    raise KeyError(f"{name}: expected this argument of the statistic, got {sorted(map(str, item))}.")
                 options[name] = checks.plain(torch.as_tensor(item[name]))[None]
-        return label_to_bounds(
-            label,
-            self.num_classes,
-            self.statistic,
-            margin=self.margin,
-            relative_margin=self.relative_margin,
-            options=options,
-        )
+        margins = {"margin": self.margin, "relative_margin": self.relative_margin}
+        return label_to_bounds(label, self.num_classes, self.statistic, **margins, options=options)
 
 
 def _function(statistic: Statistic) -> Statistic:
@@ -287,7 +278,7 @@ def _pairs(statistic: Statistic, num_classes: int) -> Sequence[Sequence[int]] | 
     pairs = _arguments(statistic).get("pairs")
     if pairs is inspect.Parameter.empty or any(not 0 <= cls < num_classes for pair in pairs or [] for cls in pair):
         raise ValueError(
-            f"statistic: expected pairs of the classes 0..{num_classes - 1}, such as functools.partial(soft_size_ratio, "
+            f"statistic: expected pairs of the classes 0..{num_classes - 1}, such as functools.partial(statistic, "
             f"pairs=[[1, 2]]), got {pairs!r}."
         )
     return pairs
@@ -340,11 +331,11 @@ def _margins(margin: Margin, relative_margin: Margin) -> dict[str, np.ndarray]:
     if margin is None and relative_margin is None:
         relative_margin = 0.1
     given = {"margin": margin, "relative_margin": relative_margin}
-    found = {name: np.atleast_1d(0.0 if value is None else np.asarray(value, float)) for name, value in given.items()}
-    for name, values in found.items():
+    margins = {name: np.array(0.0 if value is None else value, dtype=float, ndmin=1) for name, value in given.items()}
+    for name, values in margins.items():
         if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
-            raise ValueError(f"{name}: expected a number >= 0, or one for each component, got {given[name]!r}.")
-    return found
+            raise ValueError(f"{name}: expected a number >= 0, or one for each component, got {values.tolist()}.")
+    return margins
 
 
 def _table(bounds: Any, num_classes: int, statistic: Statistic, name: str) -> np.ndarray:
@@ -353,11 +344,11 @@ def _table(bounds: Any, num_classes: int, statistic: Statistic, name: str) -> np
     rows, what = (num_classes - 1, "foreground classes") if pairs is None else (len(pairs), "pairs")
     try:
         table = np.asarray(bounds, dtype=np.float64)
+        table = table[:, None] if table.ndim == 2 else table
     except (TypeError, ValueError):
         table = np.empty(0)
-    table = table[:, None] if table.ndim == 2 else table
-    ordered = table.ndim == 3 and table.shape[::2] == (rows, 2) and bool((table[..., 0] <= table[..., 1]).all())
-    if not ordered or (_function(statistic) is soft_size and (table < 0).any()):
+    good = table.ndim == 3 and table.shape[::2] == (rows, 2) and bool((table[..., 0] <= table[..., 1]).all())
+    if not good or (_function(statistic) is soft_size and (table < 0).any()):
         raise ValueError(
             f"{name}: expected [lower, upper], lower <= upper, for each of the {rows} {what}, and >= 0 for sizes, got "
             f"{bounds!r}."

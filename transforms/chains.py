@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,7 @@ def bounds_transforms(
 def mask_transforms(
     preprocessing: Compose,
     *,
-    output_dir: str | PathLike[str],
+    output_dir: str | Path,
     postfix: str = "seg",
     class_values: Sequence[int] | None = None,
 ) -> Chain:

@@ -219,10 +219,10 @@ class CheckVolumesd(MapTransform):
             constant = [c for c, values in enumerate(flat) if len(np.unique(values[np.isfinite(values)])) == 1]
             for kind, wrong in (("NaN", np.isnan(image)), ("infinite", np.isinf(image))):
                 if count := int(wrong.sum()):
-                    channel, *first = (int(i) for i in np.argwhere(wrong)[0])
+                    channel, *first = np.argwhere(wrong)[0].tolist()
                     problems.append(
-                        f"has {count} {kind} voxel{'s' * (count > 1)}, the first at {tuple(first)} of channel {channel}; "
-                        "repair the file, or replace them before this check."
+                        f"has {count} {kind} voxel{'s' * (count > 1)}, the first at {tuple(first)} of channel "
+                        f"{channel}; repair the file, or replace them before this check."
                     )
         if constant:
             which = f"channel {', '.join(map(str, constant))} of {len(image)}"

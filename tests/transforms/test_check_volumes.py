@@ -77,7 +77,7 @@ SPOILT = {
     "half": (
         "a.nii.gz",
         lambda raw: raw[: len(raw) // 2],
-        r"is truncated \(its compressed data end too early",
+        r"is truncated \(its compressed data end too",
         EOFError,
     ),
     "plain": ("a.nii", lambda raw: gzip.decompress(raw)[:900], r"is truncated \(900 bytes of 4192\); copy", None),
