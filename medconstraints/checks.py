@@ -20,6 +20,7 @@ __all__ = [
     "class_numbers",
     "flag",
     "fully_labelled",
+    "label_array",
     "label_map",
     "label_name",
     "number",
@@ -218,7 +219,7 @@ def stray_values(values: Any, num_classes: int | None = None, ignored: Iterable[
     return ", ".join(f"{value:g}" for value in found[:_SHOWN_VALUES]) + more
 
 
-def class_numbers(
+def label_array(
     label: Any, num_classes: int | None = None, *, ignore_index: int | None = None, name: str = "label"
 ) -> np.ndarray:
     """A label map (*S) as int32 in C order, so that equal labels have equal bytes.

@@ -79,7 +79,7 @@ def label_to_bounds(
         [[0.0, 1.5], [0.5, 2.5]]
     """
     margins = _margins(margin, relative_margin)
-    array = checks.class_numbers(label, num_classes)
+    array = checks.label_array(label, num_classes)
     known = _known_rows(array, num_classes, statistic)
     values = _values(array, known, num_classes, statistic, options or {})
     for name, given in margins.items():
@@ -120,7 +120,7 @@ def presence_bounds(
         [[[-inf, inf]], [[1.0, 9.0]], [[0.0, 0.0]]]
     """
     table = _table(bounds, num_classes, statistic, "bounds")
-    known = _known_rows(checks.class_numbers(label, num_classes), num_classes, statistic)
+    known = _known_rows(checks.label_array(label, num_classes), num_classes, statistic)
     table = np.concatenate([np.zeros((len(known) - len(table), *table.shape[1:])), table])  # the background is free
     return _bounds(table[..., 0], table[..., 1], known, statistic)
 

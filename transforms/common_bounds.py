@@ -58,7 +58,7 @@ def fit_common_bounds(
     sizes: list[list[int]] = [[] for _ in wanted]
     for label in labels:
         whole = label[0] if label.ndim == 4 or (label.ndim == 3 and len(label) == 1) else label
-        array = checks.class_numbers(whole, num_classes, name="labels")
+        array = checks.label_array(whole, num_classes, name="labels")
         axis = checks.slice_axis(slice_axis, array.ndim)
         others = tuple(other for other in range(array.ndim) if other != axis)
         for found, cls in zip(sizes, wanted, strict=True):

@@ -44,7 +44,7 @@ class Erosion:
 
     def __call__(self, label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
         """The weak label (*S), int32, of a label (*S): the class where it is annotated, else `ignore_index`."""
-        array = checks.class_numbers(label, ignore_index=ignore_index)
+        array = checks.label_array(label, ignore_index=ignore_index)
         weak = np.full_like(array, ignore_index)
         for cls, part in _classes_in_parts(array, self.slice_axis, ignore_index):
             # Nothing of the class lies outside its bounding box, and constant mode takes what lies outside for zero.
@@ -89,7 +89,7 @@ class Points:
 
     def __call__(self, label: np.ndarray | Tensor, ignore_index: int = -1) -> np.ndarray:
         """The weak label (*S), int32, of a label (*S): the class where it is annotated, else `ignore_index`."""
-        array = checks.class_numbers(label, ignore_index=ignore_index)
+        array = checks.label_array(label, ignore_index=ignore_index)
         weak = np.full_like(array, ignore_index)
         random = np.random.default_rng([self.seed, zlib.crc32(array.tobytes())])
         for cls, part in _classes_in_parts(array, self.slice_axis, ignore_index, self.background):

@@ -92,7 +92,7 @@ class WeakLabeld(MapTransform):
         try:
             checks.label_map(label, "label")
             if full:
-                weak = checks.class_numbers(label[0], ignore_index=self.ignore_index)
+                weak = checks.label_array(label[0], ignore_index=self.ignore_index)
             else:
                 weak = self.rule(label[0], self.ignore_index)
         except ValueError as error:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fire.parser import DefaultParseValue
 
+from medconstraints.commands import fit_common_bounds
 from medconstraints.losses import ConstraintLoss, ProposalLoss
-from medconstraints.transforms.common_bounds import main as write_common_bounds
 
 SHAPE = (24, 24, 16)
 VOXELS = 24 * 24 * 16
@@ -174,7 +174,7 @@ def at_level(train, some_absent, tmp_path_factory):
     """Train once at each level; level -> output folder, what the loss got, the common bounds."""
     folder = tmp_path_factory.mktemp("common")
     common = folder / "common_bounds.json"
-    assert write_common_bounds([f"--datalist={some_absent}", "--num-classes=3", f"--output={common}"]) == 0
+    fit_common_bounds(datalist=str(some_absent), num_classes=3, output=str(common))
     runs = {}
 
     def run(level):
