@@ -130,7 +130,7 @@ def fit_filling(
     mode: str = "class",
     quantiles: Sequence[float] = (0.05, 0.95),
 ) -> str:
-    """Fit how much of its boxes an organ fills, as `--size_bounds` of a bundle takes it.
+    """Fit how much of its boxes an organ fills, as `--filling` of a bundle takes it.
 
     Args:
         datalist: list with segmented cases; entries without label are passed over.
@@ -141,15 +141,15 @@ def fit_filling(
         mode: "class" or "component", the `box_mode` of the training.
         quantiles: lower and upper quantile over the boxes.
     """
-    from medconstraints.transforms.size_bounds import fit_size_bounds
+    from medconstraints import boxes
 
     if len(quantiles) != 2:
         raise ValueError(f"--quantiles: expected two numbers, got {list(quantiles)}")
     labels = _read_labels(datalist, section, cases, None, num_classes=num_classes)
-    bounds = fit_size_bounds(
+    filling = boxes.fit_filling(
         labels, num_classes=num_classes, mode=mode, slice_axis=slice_axis, quantiles=(quantiles[0], quantiles[1])
     )
-    return json.dumps(bounds)
+    return json.dumps(filling)
 
 
 def evaluation(

@@ -62,7 +62,7 @@ def run_demo(
     _say(f"Made {num_training} volumes to train on, {num_test} to test on and a few to validate, in {datalist.parent}")
     _say(f"Training with boxes only, {epochs} epochs ...")
     train = {"dataset_dir": str(datalist.parent), "output_dir": str(output / "run"), "slice_axis": SLICE_AXIS}
-    train |= {"size_bounds": [0.5, 0.9], "epochs": epochs, "val_interval": 5, "seed": seed}
+    train |= {"filling": [0.5, 0.9], "epochs": epochs, "val_interval": 5, "seed": seed}
     _run_bundle(bundle, "train", {**SHAPE, **train})
     masks, weights = output / "masks", output / "run" / "model.pt"
     infer = {"dataset_dir": str(datalist), "output_dir": str(masks), "ckpt_path": str(weights)}

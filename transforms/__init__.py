@@ -1,11 +1,8 @@
 """Transforms: from labels or box files to the targets of the losses; imported as `medconstraints.transforms`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from medconstraints.transforms.bounds import LabelToBoundsd, label_to_bounds, presence_bounds
-from medconstraints.transforms.box_grid import BoxesToGridd, map_boxes
-from medconstraints.transforms.boxes import LabelToBoxesd, label_to_boxes
+from medconstraints.transforms.box_grid import BoxesToGridd
+from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.chains import (
     bounds_transforms,
     box_transforms,
@@ -24,9 +21,6 @@ from medconstraints.transforms.patches import intensity_transforms, patch_transf
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
-
-if TYPE_CHECKING:
-    from medconstraints.transforms.size_bounds import fit_size_bounds
 
 __all__ = [
     "BoxesToGridd",
@@ -48,12 +42,9 @@ __all__ = [
     "bounds_transforms",
     "box_transforms",
     "fit_common_bounds",
-    "fit_size_bounds",
     "intensity_transforms",
     "label_to_bounds",
-    "label_to_boxes",
     "load_common_bounds",
-    "map_boxes",
     "mask_transforms",
     "pad_boxes_collate",
     "patch_transforms",
@@ -63,14 +54,3 @@ __all__ = [
     "save_mask",
     "weak_label_transforms",
 ]
-
-_COMMAND_LINES = {
-    "fit_size_bounds": "size_bounds",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Not imported above: `python -m medconstraints.transforms.size_bounds` would warn that the module is there already.
-    if name in _COMMAND_LINES:
-        return getattr(import_module(f"{__name__}.{_COMMAND_LINES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

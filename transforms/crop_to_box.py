@@ -9,7 +9,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable, SpatialCrop
 
-from medconstraints.transforms.box_grid import map_boxes
+from medconstraints.boxes.grid import map_boxes
 
 __all__ = ["RandCropToBoxd"]
 

@@ -19,9 +19,9 @@ from monai.bundle import ConfigParser
 from monai.metrics import DiceMetric
 from monai.networks.utils import one_hot
 
+from medconstraints.boxes import fit_filling
 from medconstraints.data import read_datalist
 from medconstraints.synthetic import make_cohort
-from medconstraints.transforms import fit_size_bounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from timing import write
@@ -48,7 +48,7 @@ def run_once(datalist: Path, supervision: str, epochs: int, seed: int, folder: P
             "epochs": epochs,
             "seed": seed,
             "slice_axis": slice_axis,
-            "size_bounds": fit_size_bounds(labels, num_classes=2, slice_axis=slice_axis),
+            "filling": fit_filling(labels, num_classes=2, slice_axis=slice_axis),
             "train#trainer#train_handlers": [],
         }
     )

@@ -93,7 +93,8 @@ class Probabilities:
             if self._input.shape[1] == 2 and len(numbers) == 1:
                 # The softmax of two channels is a sigmoid of their difference, at half the work and memory.
                 (one,) = numbers
-                return torch.sigmoid(self._scaled(self._input[:, one : one + 1] - self._input[:, 1 - one : 2 - one]))
+                channels = self._input.split(1, 1)  # its gradient is one copy, that of two slices would be several
+                return torch.sigmoid(self._scaled(channels[one] - channels[1 - one]))
             return select_channels(self.all(), numbers)
         if self._activation is None or self._activation == "sigmoid":
             return self._activated(select_channels(self._input, numbers))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from medconstraints.losses.old_base import ProbabilityLoss, plain
-from medconstraints.statistics.box_plan import BoxPlan, check_width, plan_boxes, to_device
+from medconstraints import checks
+from medconstraints.checks import plain
+from medconstraints.formulations.base import Formulation
+from medconstraints.losses.base import ConstrainedLoss, Probabilities, Residuals, one_entry
+from medconstraints.losses.box_constraints import FUNCTIONS, KINDS, BoxConstraints, box_constraints
+from medconstraints.statistics.box_plan import BoxPlan, plan_boxes, to_device
 from medconstraints.statistics.boxes import box_sums, inside_mask
 
 __all__ = ["BoxPriorLoss"]
 
-_TERMS = ("tightness", "size", "emptiness")
 
-
-class BoxPriorLoss(ProbabilityLoss):
+class BoxPriorLoss(ConstrainedLoss):
     """Box tightness prior with emptiness and size constraints (Kervadec 2020, chapter 6, eq. 6.6).
 
     For every image and class, with Omega_I the voxels inside its boxes, V_I and V_O the soft size inside and outside,
@@ -38,18 +41,19 @@ class BoxPriorLoss(ProbabilityLoss):
 
     `normalization="paper"` is eq. 6.6 as published: residuals in voxels, the tightness a plain sum over bands, V the
     size in the whole image, size and emptiness divided by the number of voxels of the image, sums over classes, mean
-    over images. The published weights are `tightness_weight=1e-4` and 1 for the others, `size_bounds=(0.5, 0.9)`.
+    over images. The published settings are `weights={"tightness": 1e-4}` and `filling=(0.5, 0.9)`.
+
+    A formulation with multipliers has four constraints of each sample and class, see `residual`.
 
     Args:
-        formulation: module `residual -> cost`, elementwise, such as `LogBarrierExtension()` or `QuadraticPenalty()`.
+        formulation: residual -> cost, such as `LogBarrierExtension()` or `QuadraticPenalty()`.
         width: lines per band, w, in voxels.
-        size_bounds: smallest and largest share of its boxes that an object fills, 0 <= lower <= upper <= 1, or one such
-            pair for each foreground class. `fit_size_bounds` fits them to a few segmented cases.
+        filling: smallest and largest share of its boxes that an object fills, 0 <= lower <= upper <= 1, or one such
+            pair for each foreground class. `medconstraints.boxes.fit_filling` fits them to a few segmented cases.
         slice_axis: None when boxes span the volume; 0, 1 or 2 when every object has one flat box per slice across that
             spatial axis. Each slice is then an image of its own (the setting of the thesis).
-        tightness_weight: weight of the tightness term.
-        size_weight: weight of the size term.
-        emptiness_weight: weight of the emptiness term.
+        weights: weight of "tightness", "size" and "emptiness"; 1 for one that is left out, 0 drops it. Read at every
+            forward pass, so a schedule may change `loss.weights[name]`.
         emptiness: "constraint" or "cross_entropy".
         normalization: "relative" or "paper".
         sigmoid: apply a sigmoid to the input.
@@ -58,7 +62,7 @@ class BoxPriorLoss(ProbabilityLoss):
             for the part of each sample and foreground class in that sum, (B, K).
 
     Raises:
-        TypeError: the formulation is not a module.
+        TypeError: `formulation` is none.
         ValueError: an argument is outside its range.
 
     Example:
@@ -69,16 +73,17 @@ class BoxPriorLoss(ProbabilityLoss):
         True
     """
 
+    target_keys = ("boxes",)
+    host_keys = frozenset({"boxes", "index"})
+
     def __init__(
         self,
-        formulation: nn.Module,
+        formulation: Formulation,
         *,
         width: int = 5,
-        size_bounds: Sequence[float] | Sequence[Sequence[float]] = (0.5, 0.9),
+        filling: Sequence[float] | Sequence[Sequence[float]] = (0.5, 0.9),
         slice_axis: int | None = None,
-        tightness_weight: float = 1.0,
-        size_weight: float = 1.0,
-        emptiness_weight: float = 1.0,
+        weights: Mapping[str, float] | None = None,
         emptiness: str = "constraint",
         normalization: str = "relative",
         sigmoid: bool = False,
@@ -86,196 +91,213 @@ class BoxPriorLoss(ProbabilityLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(sigmoid=sigmoid, softmax=softmax, reduction=reduction)
-        if not isinstance(formulation, nn.Module):
+        if not isinstance(formulation, Formulation):
             raise TypeError(
-                f"formulation: expected a module such as LogBarrierExtension(), got {type(formulation).__name__}."
+                f"formulation: expected one such as LogBarrierExtension(), got {type(formulation).__name__}."
             )
-        check_width(width)
-        try:
-            bounds = np.asarray(size_bounds, dtype=np.float64).reshape(-1, 2)
-        except (TypeError, ValueError):
-            bounds = np.zeros((0, 2))
-        if not len(bounds) or not ((bounds >= 0) & (bounds <= 1)).all() or (np.diff(bounds) < 0).any():
-            raise ValueError(
-                "size_bounds: expected (lower, upper) shares of the box with 0 <= lower <= upper <= 1, or one such "
-                f"pair per foreground class, got {size_bounds!r}."
-            )
-        for name, weight in zip(_TERMS, (tightness_weight, size_weight, emptiness_weight), strict=True):
-            if not (np.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name}_weight: expected a finite number >= 0, got {weight!r}; 0 drops the term.")
+        unknown = sorted(set(weights or {}) - set(KINDS))
+        if unknown:
+            raise ValueError(f"weights: {unknown} name no term; these are {list(dict.fromkeys(KINDS))}.")
         if emptiness not in ("constraint", "cross_entropy"):
             raise ValueError(f'emptiness: expected "constraint" or "cross_entropy", got {emptiness!r}.')
         if normalization not in ("relative", "paper"):
             raise ValueError(f'normalization: expected "relative" or "paper", got {normalization!r}.')
         self.formulation = formulation
-        self.width = int(width)
-        self.size_bounds = bounds
-        self.slice_axis = slice_axis
-        self.tightness_weight, self.size_weight = float(tightness_weight), float(size_weight)
-        self.emptiness_weight = float(emptiness_weight)
+        self.width = checks.whole_number("width", width, 1)
+        self.filling = _checked_filling(filling)
+        self.slice_axis = checks.slice_axis(slice_axis)
+        given = {kind: 1.0 for kind in KINDS} | dict(weights or {})
+        self.weights = {kind: checks.number(f"weights[{kind!r}]", given[kind], least=0) for kind in given}
         self.emptiness = emptiness
         self.normalization = normalization
-        self._last: tuple[Tensor, Tensor, Tensor, list[int], int] | None = None
+        keys = ("boxes", "index")
+        self.target_keys, self.optional_keys = (keys, ()) if formulation.needs_index else (keys[:1], keys[1:])
+        self._seen: tuple[_Batch, Tensor] | None = None
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
+    ) -> Tensor:
         """Loss of a batch.
 
         Args:
             input: (B, C, *S), D = 2 or 3: probabilities, or logits with `softmax` or `sigmoid`. Background first; with
                 C = 1 the channel is class 1.
             target: boxes (B, N, 1 + 2 D) int, rows [class, start_1..start_D, stop_1..stop_D], half-open, class -1 =
-                padding. Best on the CPU, whatever the input's device (see `plan_boxes`).
+                padding. Best on the CPU, whatever the input's device (see `plan_boxes`). Or a mapping with "boxes", and
+                "index", the samples' numbers in the data set (B,), which some formulations with multipliers need.
+            probabilities: of this input, shared with other losses.
 
         Raises:
             TypeError: the boxes are not integers.
             ValueError: shapes do not fit, or a box is not valid; the message names the sample and the row.
         """
+        input = plain(input)
         with torch.autocast(input.device.type, enabled=False):
-            probs = self.probabilities(input)
-            plan = plan_boxes(
-                plain(target), probs.shape, width=self.width, slice_axis=self.slice_axis, device=probs.device
-            )
-            segments, slots = box_sums(probs, plan)
-            total = slots[..., 0]
-            outside_mask = None
-            if plan.slot_sign is None or self.emptiness == "cross_entropy":
-                outside_mask = ~inside_mask(plan)
-            if plan.slot_sign is not None:
-                inside = (slots * plan.slot_sign).sum(-1)
+            batch = self._batch(input, target, probabilities)
+            if self.formulation.has_multipliers:
+                constraints = self._constraints(batch)
+                table = self.formulation(constraints.residual, constraints.index) * batch.table(batch.weight)
             else:
-                assert outside_mask is not None
-                inside = total - _images(probs, plan).mul(outside_mask).flatten(2).sum(-1, dtype=total.dtype)
-            masses = [segments, *[(total if self.normalization == "paper" else inside).reshape(-1)] * 2]
-            if self.emptiness == "constraint":
-                masses.append((total - inside).reshape(-1))
-            offset, scale, weight = to_device(self._scales(plan), probs.device)
-            mass = torch.cat(masses)
-            residual = torch.addcmul(offset[: len(mass)], scale[: len(mass)], mass)
-            cost = self.formulation(residual)
-            if self.emptiness == "cross_entropy":
-                assert outside_mask is not None
-                log_background = _images(self._log_complement(probs, plain(input)), plan)
-                missed = -log_background.mul(outside_mask).flatten(2).sum(-1, dtype=cost.dtype)
-                cost = torch.cat([cost, missed.reshape(-1)])
+                table = batch.table(self.formulation(batch.residual) * batch.weight)
+            if self.emptiness == "cross_entropy":  # no constraint: the row is the cost itself
+                missed = batch.table(batch.residual * batch.weight)
+                table = torch.cat([table[..., :-1], missed[..., -1:]], -1)
             # "relative" is a mean already.
-            images = len(plan.box_volume) if self.normalization == "paper" and self.reduction == "mean" else 1
-            lengths = [len(segments), 2 * total.numel(), total.numel()]
-            self._last = residual.detach(), cost.detach(), weight, lengths, images
-            return self._reduce(cost, weight, images, plan).to(probs.dtype)
+            images = len(batch.plan.volume) if self.normalization == "paper" and self.reduction == "mean" else 1
+            self._seen = batch._replace(residual=batch.residual.detach()), table.detach() / images
+            value = table.sum(-1) if self.reduction == "none" else table.sum() / images
+            return value.to(batch.dtype)
+
+    def residual(
+        self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
+    ) -> Residuals:
+        """Constraints of each sample and foreground class, (B, K, 4) as `FUNCTIONS` names them.
+
+        Size and emptiness are the residuals themselves. Many rows make one function: the bands of a class, and in
+        slices all its rows; it is the mean of their max(residual, 0), weighted as in the loss, which is 0 when all are
+        satisfied and does not let one row make up for another. A function is free where no row counts: without a box,
+        for the size of a box that the border cuts, with a weight of 0, and the emptiness as a cross-entropy.
+
+        Arguments and errors as for `forward`; the gradient is kept.
+        """
+        with torch.autocast(plain(input).device.type, enabled=False):
+            return self._constraints(self._batch(plain(input), target, probabilities))
+
+    @property
+    def last(self) -> Residuals | None:  # type: ignore[override]
+        """Constraints of the last forward pass as `residual` has them, detached; None without one."""
+        return None if self._seen is None else self._constraints(self._seen[0])
 
     def terms(self) -> dict[str, Tensor]:
-        """Parts of the last forward pass, detached 0-dim tensors on its device: for logging.
+        """Parts of the last forward pass, detached 0-dim tensors on its device: for logging; empty without one.
 
         Keys: "tightness", "size", "emptiness": weighted, they add up to the loss ("none" to the sum of its entries);
-        "satisfied_tightness", "satisfied_size": share of the constraints with a residual <= 0, 1 in a batch without
-        such a constraint. The share of a term whose weight is 0 is left out.
+        "satisfied_tightness", "satisfied_size": share of the rows with a residual <= 0, 1 in a batch without such a
+        row. The share of a term whose weight is 0 is left out.
         """
-        if self._last is None:
-            raise ValueError("terms: no forward pass has been made yet; call the loss first.")
-        residual, cost, weight, lengths, divisor = self._last
-        parts = (cost * weight / divisor).split(lengths)
-        terms = {name: part.sum().float() for name, part in zip(_TERMS, parts, strict=True)}
-        start = 0
-        for name, length, used_at_all in zip(
-            _TERMS[:2], lengths[:2], (self.tightness_weight > 0, self.size_weight > 0), strict=True
-        ):
-            if used_at_all:
-                met, used = residual[start : start + length] <= 0, weight[start : start + length] > 0
-                terms[f"satisfied_{name}"] = ((met & used).sum() / used.sum()).nan_to_num(1.0)
-            start += length
+        if self._seen is None:
+            return {}
+        batch, table = self._seen
+        sums = table.sum((0, 1)).float()
+        terms = {"tightness": sums[0], "size": sums[1] + sums[2], "emptiness": sums[3]}
+        bands, groups = len(batch.plan.bands.width), batch.plan.volume.size
+        for name, rows in (("tightness", slice(bands)), ("size", slice(bands, bands + 2 * groups))):
+            if self.weights[name] > 0:
+                used = batch.weight[rows] > 0
+                met = (batch.residual[rows] <= 0) & used
+                terms[f"satisfied_{name}"] = (met.sum() / used.sum()).nan_to_num(1.0)
         return terms
 
-    def _scales(self, plan: BoxPlan) -> np.ndarray:
-        """Every residual is `offset + scale * mass`, every cost has a weight: (3, R) float64.
+    def constraint_names(self, shape: Sequence[int], class_names: Mapping[int, str]) -> list[str]:
+        """`<function>_<class>` of the residuals (K, 4) of one sample."""
+        labels = [class_names.get(number, str(number)) for number in range(1, 1 + shape[0])]
+        return [f"{function}_{label}" for label in labels for function in FUNCTIONS]
 
-        R counts the bands, then the lower and upper size bounds and the emptiness of every image and class.
-        """
-        volume, width = plan.box_volume, plan.segment_width
-        bounds = self.size_bounds
-        if len(bounds) not in (1, volume.shape[1]):
-            raise ValueError(
-                f"size_bounds: expected one pair or {volume.shape[1]} pairs, one per foreground class, got "
-                f"{len(bounds)}."
-            )
-        empty_scale: float | np.ndarray
-        empty_weight: float | np.ndarray
-        # A box that the image's border cuts says nothing about how much of its visible part is filled.
-        sized = (volume > 0) & ~plan.box_cut
-        if self.normalization == "paper":
-            voxels = float(np.prod(plan.shape))
-            tight = width, -np.ones_like(width), np.ones_like(width)
-            object_scale = np.ones_like(volume)
-            lower, upper = bounds[:, 0] * volume, bounds[:, 1] * volume
-            size_weight, empty_scale, empty_weight = sized / voxels, 1.0, 1 / voxels
+    def left_out(self) -> None:
+        """Nothing was computed in this batch."""
+        self._seen = None
+
+    def _batch(self, input: Tensor, target: Tensor | Mapping[str, Any], probabilities: Probabilities | None) -> _Batch:
+        """Name the constraints of a batch and measure their residuals."""
+        shared = self.probabilities(input) if probabilities is None else probabilities
+        # Of two channels only the foreground is needed; of more a part would cost more than all, in the gradient.
+        probs = shared.channels([1]) if input.shape[1] == 2 else shared.all()
+        plan = plan_boxes(
+            plain(one_entry(target, "boxes")),
+            input.shape,
+            width=self.width,
+            slice_axis=self.slice_axis,
+            device=probs.device,
+        )
+        rows = box_constraints(plan, filling=self.filling, weights=self.weights, normalization=self.normalization)
+        sums = box_sums(probs, plan)
+        sized = sums.total if self.normalization == "paper" else sums.inside
+        if self.emptiness == "constraint":
+            outside = sums.total - sums.inside
         else:
-            share, mean_volume, images = _relative_scales(plan)
-            bands = np.bincount(plan.segment_group, minlength=volume.size)
-            tight = np.ones_like(width), -1 / width, (share.reshape(-1) / np.maximum(bands, 1))[plan.segment_group]
-            object_scale = 1 / np.maximum(volume, 1)
-            lower, upper = bounds[:, 0], bounds[:, 1]
-            size_weight, empty_scale, empty_weight = sized * share, 1 / mean_volume, images
-            if self.emptiness == "cross_entropy":
-                empty_weight = empty_weight / mean_volume
-        groups = np.empty((3, 3, *volume.shape))  # offset, scale, weight of lower bound, upper bound, emptiness
-        groups[:, 0] = np.broadcast_to(lower, volume.shape), -object_scale, self.size_weight * size_weight
-        groups[:, 1] = np.broadcast_to(-upper, volume.shape), object_scale, self.size_weight * size_weight
-        for row, value in enumerate((0.0, empty_scale, self.emptiness_weight * empty_weight)):
-            groups[row, 2] = value
-        tight_rows = np.stack([tight[0], tight[1], self.tightness_weight * tight[2]])
-        return np.concatenate([tight_rows, groups.reshape(3, -1)], axis=1)
+            missed = plan.images(self._log_background(input, probs)).masked_fill(inside_mask(plan), 0.0)
+            outside = -missed.flatten(2).sum(-1, dtype=sized.dtype)
+        mass = torch.cat([sums.bands, *(value.reshape(-1) for value in (sized, sized, outside))])
+        offset, scale, weight = to_device(np.stack([rows.offset, rows.scale, rows.weight]), probs.device)
+        index = target.get("index") if isinstance(target, Mapping) else None
+        return _Batch(
+            plan=plan,
+            rows=rows,
+            residual=torch.addcmul(offset, scale, mass),
+            weight=weight,
+            cell=to_device(rows.cells(plan.volume.shape[1]), probs.device),
+            index=None if index is None else torch.as_tensor(index),
+            dtype=probs.dtype,
+        )
 
-    def _log_complement(self, probs: Tensor, input: Tensor) -> Tensor:
-        """log(1 - s), (B, C, *S), with a slope also where s is rounded to 1."""
+    def _constraints(self, batch: _Batch) -> Residuals:
+        """One residual for each function, see `residual`."""
+        rows, shape = batch.rows, batch.shape
+        cells, weight = rows.cells(shape[1]), rows.weight
+        if self.emptiness == "cross_entropy":
+            weight = weight * (rows.function != FUNCTIONS.index("emptiness"))
+        total = np.bincount(cells, weight, minlength=int(np.prod(shape)))
+        share = to_device(weight / np.where(total > 0, total, 1.0)[cells], batch.residual.device)
+        many = len(batch.plan.bands.width) if self.slice_axis is None else len(batch.residual)
+        residual = torch.cat([batch.residual[:many].clamp(min=0), batch.residual[many:]])
+        free = to_device((total == 0).reshape(shape), residual.device)
+        return Residuals(batch.table(residual * share), free, batch.index)
+
+    def _log_background(self, input: Tensor, probs: Tensor) -> Tensor:
+        """log(1 - s) of the foreground classes, (B, K, *S), with a slope also where s is rounded to 1."""
+        if not (self.sigmoid or self.softmax):
+            return torch.log1p(-probs.clamp(max=1 - torch.finfo(probs.dtype).eps))
+        logits = input.to(probs.dtype)
         if self.sigmoid:
-            return F.logsigmoid(-input.to(probs.dtype))
-        if self.softmax:
-            # 1 - s_k as the sum of the other channels: those before k and those behind it, without a subtraction.
-            before = F.pad(probs.movedim(1, -1).cumsum(-1)[..., :-1], (1, 0))
-            behind = F.pad(probs.movedim(1, -1).flip(-1).cumsum(-1)[..., :-1], (1, 0)).flip(-1)
-            return (before + behind).movedim(-1, 1).clamp(min=torch.finfo(probs.dtype).tiny).log()
-        return torch.log1p(-probs.clamp(max=1 - torch.finfo(probs.dtype).eps))
-
-    def _reduce(self, cost: Tensor, weight: Tensor, divisor: int, plan: BoxPlan) -> Tensor:
-        if self.reduction != "none":
-            return (cost * weight).sum() / divisor
-        images, num_classes = plan.box_volume.shape
-        groups = np.arange(images * num_classes)
-        group = np.concatenate([plan.segment_group, groups, groups, groups])
-        index = group // num_classes // plan.num_slices * num_classes + group % num_classes
-        out = cost.new_zeros(images // plan.num_slices * num_classes)
-        return out.index_add(0, to_device(index, cost.device), cost * weight).view(-1, num_classes)
+            return F.logsigmoid(-logits)
+        if logits.shape[1] == 2:
+            return F.logsigmoid(logits[:, :1] - logits[:, 1:])
+        # 1 - s_k is the sum of the other channels: their logarithms are added before any is rounded to 0.
+        others = [
+            torch.cat([logits[:, :k], logits[:, k + 1 :]], 1).logsumexp(1, keepdim=True)
+            for k in range(1, logits.shape[1])
+        ]
+        return torch.cat(others, 1) - logits.logsumexp(1, keepdim=True)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
         return (
-            f"width={self.width}, size_bounds={self.size_bounds.tolist()}, slice_axis={self.slice_axis}, "
-            f"weights=({self.tightness_weight:g}, {self.size_weight:g}, {self.emptiness_weight:g}), "
-            f"emptiness={self.emptiness!r}, normalization={self.normalization!r}"
+            f"width={self.width}, filling={self.filling.tolist()}, slice_axis={self.slice_axis}, "
+            f"weights={self.weights}, emptiness={self.emptiness!r}, normalization={self.normalization!r}"
         )
 
 
-def _relative_scales(plan: BoxPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scales of the "relative" normalisation.
+class _Batch(NamedTuple):
+    """The constraints of one batch: their names, and on the device the residual, weight and table cell of each row."""
 
-    Returns:
-        The weight of every image and class, (I, K), by the voxels of its boxes, adding up to 1; the mean box volume of
-        every class, (K,); the weight of the emptiness of one image, (K,). A class without a box in the batch takes the
-        means over the others; without any box the image is the scale.
-    """
-    count, volume = (plan.box_volume > 0).sum(0).astype(np.float64), plan.box_volume.sum(0)
-    present = count > 0
-    classes = max(int(present.sum()), 1)
-    if present.any():
-        images, voxels = count[present].mean(), volume[present].mean()
-    else:
-        images, voxels = float(len(plan.box_volume)), float(len(plan.box_volume) * np.prod(plan.shape))
-    images, voxels = np.where(present, count, images), np.where(present, volume, voxels)
-    return plan.box_volume / voxels / classes, voxels / images, 1 / (images * classes)
+    plan: BoxPlan
+    rows: BoxConstraints
+    residual: Tensor
+    weight: Tensor
+    cell: Tensor
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Samples, foreground classes, functions."""
+        images, classes = self.plan.volume.shape
+        return images // self.plan.num_slices, classes, len(FUNCTIONS)
+
+    def table(self, values: Tensor) -> Tensor:
+        """Sums of the rows of each sample, class and function, (B, K, 4)."""
+        return values.new_zeros(int(np.prod(self.shape))).index_add(0, self.cell, values).view(self.shape)
 
 
-def _images(values: Tensor, plan: BoxPlan) -> Tensor:
-    """(B, C, *S) -> (I, K, *image shape): foreground channels, slices as images when the plan has a slice axis."""
-    foreground = values[:, plan.first_channel :]
-    if plan.slice_axis is None:
-        return foreground
-    return foreground.movedim(2 + plan.slice_axis, 1).flatten(0, 1)
+def _checked_filling(filling: Any) -> np.ndarray:
+    """(1, 2) or (K, 2)."""
+    try:
+        bounds = np.asarray(filling, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        bounds = np.zeros((0, 2))
+    if not len(bounds) or not ((bounds >= 0) & (bounds <= 1)).all() or (np.diff(bounds) < 0).any():
+        raise ValueError(
+            "filling: expected (lower, upper) shares of the box with 0 <= lower <= upper <= 1, or one such pair per "
+            f"foreground class, got {filling!r}."
+        )
+    return bounds

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medconstraints.boxes import map_boxes
 from medconstraints.reports.volumes import Volume, read_image, read_labels, require_same_grid
-from medconstraints.transforms.box_grid import map_boxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,11 +16,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from medconstraints.boxes import label_to_boxes, map_boxes
 from medconstraints.reports.datalist import find_predictions, read_section
 from medconstraints.reports.montage import ReportCase
 from medconstraints.reports.volumes import read_image, read_labels
-from medconstraints.transforms.box_grid import map_boxes
-from medconstraints.transforms.boxes import label_to_boxes
 
 __all__ = ["build_cases", "write_report"]
 

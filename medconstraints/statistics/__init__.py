@@ -2,7 +2,7 @@
 
 from medconstraints.statistics.arguments import is_relation, relation
 from medconstraints.statistics.box_plan import BoxPlan, plan_boxes
-from medconstraints.statistics.boxes import box_sums, inside_mask
+from medconstraints.statistics.boxes import BoxSums, box_sums, inside_mask
 from medconstraints.statistics.intensity import soft_mean_intensity
 from medconstraints.statistics.moments import soft_centroid, soft_fraction, soft_moments, soft_spread
 from medconstraints.statistics.relations import soft_centroid_offset, soft_outside_extent, soft_size_ratio
@@ -10,6 +10,7 @@ from medconstraints.statistics.size import soft_size, soft_volume_size
 
 __all__ = [
     "BoxPlan",
+    "BoxSums",
     "box_sums",
     "inside_mask",
     "is_relation",

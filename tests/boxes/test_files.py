@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medconstraints.boxes.files import BoxFileError, read_boxes, write_boxes
+from medconstraints.boxes import BoxFileError, read_boxes, write_boxes
 
 SHAPE = (20, 30, 12)
 LPS_GRID = np.array([[-2.0, 0, 0, 50], [0, -1.5, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]])  # as an ITK file lies
@@ -113,21 +113,18 @@ def test_csv_forms(tmp_path, text):
 
 @pytest.mark.parametrize("affine", [LPS_GRID, PERMUTED], ids=["lps", "permuted"])
 @pytest.mark.parametrize("system", ["RAS", "LPS"])
-@pytest.mark.parametrize("shift_voxels", [0.0, 0.3, -0.3])
-def test_millimetre_corners_go_to_the_nearest_edge(tmp_path, affine, system, shift_voxels):
+def test_millimetre_corners_go_to_the_nearest_edge(tmp_path, affine, system):
     row = [1, 2, 3, 4, 9, 20, 11]
     corners = edges_mm(affine, row, system)
-    step = (affine[:3, :3] @ np.full(3, shift_voxels)) * ([-1, -1, 1] if system == "LPS" else 1)
-    first, last = corners[0] + step, corners[-1] + step
     table = tmp_path / "boxes.csv"
-    numbers = ",".join(str(x) for x in [*first, *last])
-    table.write_text(CSV_3D.strip() + f",coordinate_system\n1,{numbers},{system}\n")
-    for path in (
-        table,
-        json_file(tmp_path, [box(1, first, last)], system),
-        json_file(tmp_path, [box(1, last, first)], system),
-    ):
-        assert read(path, affine=affine).tolist() == [row]
+    for shift_voxels in (0.0, 0.3, -0.3):
+        step = (affine[:3, :3] @ np.full(3, shift_voxels)) * ([-1, -1, 1] if system == "LPS" else 1)
+        first, last = corners[0] + step, corners[-1] + step
+        numbers = ",".join(str(x) for x in [*first, *last])
+        table.write_text(CSV_3D.strip() + f",coordinate_system\n1,{numbers},{system}\n")
+        assert read(table, affine=affine).tolist() == [row]
+        for ends in ((first, last), (last, first)):
+            assert read(json_file(tmp_path, [box(1, *ends)], system), affine=affine).tolist() == [row]
 
 
 def test_thin_millimetre_boxes_keep_one_voxel_and_half_a_voxel_over_is_cut(tmp_path):
@@ -137,20 +134,21 @@ def test_thin_millimetre_boxes_keep_one_voxel_and_half_a_voxel_over_is_cut(tmp_p
 
 
 @pytest.mark.parametrize("affine", [LPS_GRID, PERMUTED, rotated()], ids=["lps", "permuted", "oblique"])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("offset_voxels", [-0.4, 0.0, 0.4])
-def test_a_flat_slicer_roi_is_one_voxel_thick(tmp_path, affine, axis, offset_voxels):
+def test_a_flat_slicer_roi_is_one_voxel_thick(tmp_path, affine):
     """Drawn on a slice, along the volume's own axes: no thickness across it."""
-    row = np.array([1, 2, 3, 4, 9, 20, 11])
-    row[4 + axis] = row[1 + axis] + 1
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    centre = (row[1:4] + row[4:] - 1) / 2
-    centre[axis] += offset_voxels
-    size = spacing * (row[4:] - row[1:4])
-    size[axis] = 0
-    axes = affine[:3, :3] / spacing
-    roi = markup((affine @ [*centre, 1])[:3], size, label=1, coordinateSystem="RAS", orientation=axes.ravel().tolist())
-    assert read(slicer_file(tmp_path, roi), affine=affine).tolist() == [row.tolist()]
+    turn = {"coordinateSystem": "RAS", "orientation": (affine[:3, :3] / spacing).ravel().tolist()}
+    rois, rows = [], []
+    for axis, offset_voxels in product(range(3), (-0.4, 0.0, 0.4)):
+        row = np.array([1, 2, 3, 4, 9, 20, 11])
+        row[4 + axis] = row[1 + axis] + 1
+        centre = (row[1:4] + row[4:] - 1) / 2
+        centre[axis] += offset_voxels
+        size = spacing * (row[4:] - row[1:4])
+        size[axis] = 0
+        rois.append(markup((affine @ [*centre, 1])[:3], size, label=1, **turn))
+        rows.append(row.tolist())
+    assert read(slicer_file(tmp_path, *rois), affine=affine).tolist() == rows
 
 
 @pytest.mark.parametrize("system", ["RAS", "LPS"])
@@ -367,8 +365,9 @@ def reoriented(affine, shape, permutation, flips):
     return affine @ matrix, new_shape
 
 
-@pytest.mark.parametrize("permutation", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
-@pytest.mark.parametrize("flips", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("permutation", "flips"), [((0, 1, 2), (0, 0, 0)), ((2, 0, 1), (1, 0, 1)), ((1, 0, 2), (1, 1, 1))]
+)
 @pytest.mark.parametrize("grid", [LPS_GRID, rotated()], ids=["lps", "oblique"])
 def test_voxel_boxes_follow_a_permutation_and_flips_exactly(tmp_path, permutation, flips, grid):
     rows = [[1, 2, 3, 4, 9, 20, 11], [2, 0, 0, 0, 20, 30, 12], [3, 19, 29, 11, 20, 30, 12]]
@@ -447,16 +446,13 @@ BAD_BOXES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_BOXES)
-def test_faulty_json_row(tmp_path, case):
-    bad, reason = BAD_BOXES[case]
-    path = json_file(tmp_path, [box("liver"), bad])
+def test_faulty_json_rows(tmp_path):
+    path = json_file(tmp_path, [box("liver"), *(bad for bad, _ in BAD_BOXES.values())])
     with pytest.raises(BoxFileError) as caught:
         read(path, classes={"liver": 1})
-    assert str(caught.value).startswith(f"boxes.json, boxes[1]: {reason}")
-    assert caught.value.path == path
-    assert caught.value.row == 1
-    assert caught.value.reason.startswith(reason)
+    assert len(caught.value.faults) == len(BAD_BOXES) and caught.value.path == path and caught.value.row == 1
+    for row, (fault, (_, reason)) in enumerate(zip(caught.value.faults, BAD_BOXES.values(), strict=True), start=1):
+        assert (fault.row, fault.where) == (row, f"boxes[{row}]") and fault.reason.startswith(reason), reason
 
 
 @pytest.mark.parametrize("kind", ["voxel", "csv", "slicer", "named"])
@@ -528,35 +524,35 @@ def test_oblique_box_outside(tmp_path):
         read(json_file(tmp_path, [box(1, low, high)], "RAS"), affine=affine)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"type": "Fiducial"}, "is a 'Fiducial' markup, not an ROI; keep only ROI boxes in the file"),
-        ({"roiType": "BoundingBox"}, "has the roiType 'BoundingBox'; only 'Box' can be read"),
-        ({"insideOut": True}, "is marked 'inside out'"),
-        ({"coordinateUnits": "um"}, "is in 'um'; save it in millimetres"),
-        ({"coordinateSystem": "IJK"}, "unknown coordinate system 'IJK'; use voxel, RAS or LPS"),
-        ({"coordinateSystem": "voxel"}, "unknown coordinate system 'voxel' for a Slicer ROI"),
-        ({"center": None, "controlPoints": []}, "has no 'center'; place the ROI in Slicer"),
-        ({"size": None}, "has no 'size'"),
-        ({"size": [8, 15]}, "'size' has 2 numbers, expected 3"),
-        ({"size": [8, -1, 3]}, "has the size -1 mm along ROI axis 2; it must not be negative"),
-        ({"size": [0, 0, 0]}, "is empty: its size is 0 mm in every direction; draw it again in Slicer"),
-        ({"orientation": [0] * 9}, "'orientation' is not a rotation"),
-        ({"center": [float("nan"), 0, 0]}, "center_1 is nan"),
-        (
-            {"center": [41.0, 5.75, 8.0]},
-            "lies entirely outside the volume along axis 1 (44 to 48, the volume spans 0 to 20)"
-            "; it would lie inside as RAS: correct the coordinate system",
-        ),
-    ],
-)
-def test_unusable_slicer_roi(tmp_path, change, reason):
+BAD_ROIS = [
+    ({"type": "Fiducial"}, "is a 'Fiducial' markup, not an ROI; keep only ROI boxes in the file"),
+    ({"roiType": "BoundingBox"}, "has the roiType 'BoundingBox'; only 'Box' can be read"),
+    ({"insideOut": True}, "is marked 'inside out'"),
+    ({"coordinateUnits": "um"}, "is in 'um'; save it in millimetres"),
+    ({"coordinateSystem": "IJK"}, "unknown coordinate system 'IJK'; use voxel, RAS or LPS"),
+    ({"coordinateSystem": "voxel"}, "unknown coordinate system 'voxel' for a Slicer ROI"),
+    ({"center": None, "controlPoints": []}, "has no 'center'; place the ROI in Slicer"),
+    ({"size": None}, "has no 'size'"),
+    ({"size": [8, 15]}, "'size' has 2 numbers, expected 3"),
+    ({"size": [8, -1, 3]}, "has the size -1 mm along ROI axis 2; it must not be negative"),
+    ({"size": [0, 0, 0]}, "is empty: its size is 0 mm in every direction; draw it again in Slicer"),
+    ({"orientation": [0] * 9}, "'orientation' is not a rotation"),
+    ({"center": [float("nan"), 0, 0]}, "center_1 is nan"),
+    (
+        {"center": [41.0, 5.75, 8.0]},
+        "lies entirely outside the volume along axis 1 (44 to 48, the volume spans 0 to 20)"
+        "; it would lie inside as RAS: correct the coordinate system",
+    ),
+]
+
+
+def test_unusable_slicer_rois(tmp_path):
     good = markup((-41.0, -5.75, 8.0), (8, 15, 3), label="1")
     assert len(read(slicer_file(tmp_path, good))) == 1
     with pytest.raises(BoxFileError) as caught:
-        read(slicer_file(tmp_path, good, good | change))
-    assert str(caught.value).startswith(f"boxes.mrk.json, markups[1]: {reason}")
+        read(slicer_file(tmp_path, good, *(good | change for change, _ in BAD_ROIS)))
+    for row, (fault, (_, reason)) in enumerate(zip(caught.value.faults, BAD_ROIS, strict=True), start=1):
+        assert fault.where == f"markups[{row}]" and fault.reason.startswith(reason), reason
 
 
 def test_slicer_roi_on_a_2d_image(tmp_path):
@@ -662,14 +658,14 @@ def test_arguments(tmp_path, arguments, reason):
 
 @pytest.mark.parametrize("name", ["b.json", "b.mrk.json"])
 @pytest.mark.parametrize("affine", [LPS_GRID, PERMUTED, rotated()], ids=["lps", "permuted", "oblique"])
-@pytest.mark.parametrize("class_names", [None, {1: "prostate", 4: "bladder"}], ids=["numbers", "names"])
-def test_round_trip(tmp_path, name, affine, class_names):
+def test_round_trip(tmp_path, name, affine):
     rows = torch.tensor(
         [[1, 2, 3, 4, 9, 20, 11], [-1, 0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 20, 30, 12], [1, 19, 29, 5, 20, 30, 6]]
     )
     path = tmp_path / name
-    write_boxes(path, rows, class_names=class_names, affine=affine)
-    assert torch.equal(read(path, affine=affine), rows[rows[:, 0] > 0])
+    for class_names in (None, {1: "prostate", 4: "bladder"}):
+        write_boxes(path, rows, class_names=class_names, affine=affine, overwrite=True)
+        assert torch.equal(read(path, affine=affine), rows[rows[:, 0] > 0])
     # the numbers of a Slicer file are millimetres: they hold in a re-oriented grid without further help
     if name.endswith(".mrk.json"):
         moved, shape = reoriented(affine, SHAPE, (2, 0, 1), (1, 0, 0))

@@ -9,7 +9,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from medconstraints.transforms import LabelToBoxesd, label_to_boxes
+from medconstraints.boxes import label_to_boxes
+from medconstraints.transforms import LabelToBoxesd
 
 # The third has float32 labels.
 CASES = ["hippocampus_001", "hippocampus_004", "hippocampus_003"]
@@ -54,12 +55,10 @@ def item_of(array, affine=None):
     return {"label": label if affine is None else MetaTensor(label, affine=torch.as_tensor(affine))}
 
 
-@pytest.mark.parametrize("min_voxels", [1, 3])
 @pytest.mark.parametrize("mode", ["component", "class"])
 @pytest.mark.parametrize("slice_axis", [None, 0, 1, 2])
-@pytest.mark.parametrize("density", [0.05, 0.3, 0.7])
-def test_random_3d_labels(density, slice_axis, mode, min_voxels, rng):
-    for _ in range(3):
+def test_random_3d_labels(slice_axis, mode, rng):
+    for density, min_voxels in itertools.product((0.05, 0.3, 0.7), (1, 3)):
         shape = rng.integers(1, 9, 3)
         label = rng.integers(1, 4, shape) * (rng.random(shape) < density)
         boxes = label_to_boxes(label, mode=mode, slice_axis=slice_axis, min_voxels=min_voxels)
@@ -67,12 +66,10 @@ def test_random_3d_labels(density, slice_axis, mode, min_voxels, rng):
         assert boxes.tolist() == flood_fill(label, mode, slice_axis, min_voxels)
 
 
-@pytest.mark.parametrize("mode", ["component", "class"])
-@pytest.mark.parametrize("slice_axis", [None, 0, 1])
-def test_random_2d_labels(slice_axis, mode, rng):
-    for density in (0.05, 0.3, 0.7):
+def test_random_2d_labels(rng):
+    for density, mode in itertools.product((0.05, 0.3, 0.7), ("component", "class")):
         label = rng.integers(1, 4, (9, 11)) * (rng.random((9, 11)) < density)
-        assert label_to_boxes(label, mode=mode, slice_axis=slice_axis).tolist() == flood_fill(label, mode, slice_axis)
+        assert label_to_boxes(label, mode=mode).tolist() == flood_fill(label, mode)
 
 
 TABLE = {
@@ -83,11 +80,6 @@ TABLE = {
     "a gap makes two": ([[1, 0, 1], [1, 0, 1]], {}, [[1, 0, 0, 2, 1], [1, 0, 2, 2, 3]]),
     "classes in touch are two": ([[1, 2], [1, 2]], {}, [[1, 0, 0, 2, 1], [2, 0, 1, 2, 2]]),
     "one box a class": ([[1, 0, 1], [2, 0, 0]], {"mode": "class"}, [[1, 0, 0, 1, 3], [2, 1, 0, 2, 1]]),
-    "one class and slice": (
-        [[1, 0, 1], [1, 0, 0]],
-        {"mode": "class", "slice_axis": 0},
-        [[1, 0, 0, 1, 3], [1, 1, 0, 2, 1]],
-    ),
     "a ring is its outline": ([[1, 1, 1], [1, 0, 1], [1, 1, 1]], {}, [[1, 0, 0, 3, 3]]),
     "small ones are left out": ([[1, 0, 1], [1, 0, 0]], {"min_voxels": 2}, [[1, 0, 0, 2, 1]]),
     "sorted by class, then position": (
@@ -104,29 +96,20 @@ def test_table(label, options, expected):
     assert boxes.shape == (len(expected), 5) and boxes.tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda a: a.astype(np.float32),
-        lambda a: a.astype(np.uint8),
-        lambda a: torch.from_numpy(a),
-        lambda a: torch.from_numpy(a).half(),
-        lambda a: MetaTensor(torch.from_numpy(a)),
-        lambda a: np.asfortranarray(a),
-    ],
-    ids=["float32", "uint8", "tensor", "half tensor", "MetaTensor", "Fortran order"],
-)
-def test_any_type_of_label(convert, rng):
+def test_any_type_of_label(rng):
     label = rng.integers(0, 3, (6, 7, 5)) * (rng.random((6, 7, 5)) < 0.2)
-    assert label_to_boxes(convert(label)).tolist() == flood_fill(label)
+    tensor = torch.from_numpy(label)
+    for same in (label.astype(np.float32), tensor.half(), MetaTensor(tensor), np.asfortranarray(label)):
+        assert label_to_boxes(same).tolist() == flood_fill(label)
 
 
 def test_a_bool_mask_is_class_one():
     assert label_to_boxes(np.eye(3, dtype=bool)).tolist() == [[1, 0, 0, 3, 3]]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("mode", "slice_axis"), [("component", None), ("component", 1), ("class", 1)])
+@pytest.mark.parametrize(
+    ("name", "mode", "slice_axis"), [(CASES[0], "component", None), (CASES[1], "component", 1), (CASES[2], "class", 1)]
+)
 def test_real_labels(data_root, name, mode, slice_axis):
     path = data_root / "hippocampus" / "labelsTr" / f"{name}.nii.gz"
     array = np.asarray(nib.load(path).dataobj)
@@ -147,13 +130,11 @@ def test_real_labels(data_root, name, mode, slice_axis):
     ("label", "options", "words"),
     [
         (np.zeros((1, 2, 3, 4)), {}, r"label: expected a 2D or 3D map without channel axis, got shape \(1, 2, 3, 4\)"),
-        (np.zeros(4), {}, "label: expected a 2D or 3D map"),
         (np.zeros((4, 4)), {"mode": "instance"}, 'mode: expected "component" or "class", got .instance.'),
-        (np.zeros((4, 4)), {"slice_axis": 2}, r"slice_axis: expected None or an axis 0\.\.1, got 2"),
-        (np.zeros((4, 4)), {"slice_axis": -1}, r"slice_axis: expected None or an axis 0\.\.1, got -1"),
+        (np.zeros((4, 4)), {"slice_axis": 1}, "slice_axis: expected None, or the axis .*got 1 for 2 spatial axes"),
+        (np.zeros((4, 4, 4)), {"slice_axis": -1}, "slice_axis: expected None, or the axis .*got -1"),
         (np.array([[0, -1]]), {}, r"label: expected whole class numbers >= 0, got values such as \[-1, 0\]"),
         (np.array([[0, 0.5]]), {}, "label: expected whole class numbers"),
-        (np.array([[0, np.nan]]), {}, "label: expected whole class numbers"),
     ],
 )
 def test_refusals(label, options, words):
@@ -201,7 +182,7 @@ def test_empty_label():
     assert out["boxes"].shape == (0, 7) and out["boxes"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("margin", [0, 1, 2, 100])
+@pytest.mark.parametrize("margin", [0, 2, 100])
 def test_margin_is_clipped_at_the_image(label, margin):
     out = LabelToBoxesd(margin_voxels=margin)(item_of(label))["boxes"].numpy()
     rows = np.array(EXACT)
@@ -270,14 +251,13 @@ def test_missing_keys(label):
         LabelToBoxesd()({"image": 1})
 
 
-@pytest.mark.parametrize("name", ["margin_voxels", "jitter_voxels"])
-@pytest.mark.parametrize("value", [-1, 1.5])
+@pytest.mark.parametrize(("name", "value"), [("margin_voxels", -1), ("jitter_voxels", 1.5)])
 def test_margin_and_jitter_are_whole_numbers(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected an integer >= 0, got {value}"):
         LabelToBoxesd(**{name: value})
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (4, 4), (1, 4), (1, 4, 4, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (4, 4)])
 def test_one_channel_only(shape):
     with pytest.raises(
         ValueError, match=r"label: expected a label map \(1, \*S\) with one channel.*EnsureChannelFirstd"

@@ -19,9 +19,8 @@ from monai.bundle import ConfigParser
 from nibabel import orientations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from medconstraints.boxes import write_boxes
+from medconstraints.boxes import label_to_boxes, write_boxes
 from medconstraints.synthetic import make_phantom
-from medconstraints.transforms import label_to_boxes
 
 SHAPE = (24, 24, 16)
 # All that a test depends on; the configs' own values may change.

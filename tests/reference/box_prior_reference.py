@@ -63,6 +63,8 @@ def visible(row, shape):
 def bands_of(row, shape, width):
     """Bands of one box: list of (slices, number of lines)."""
     slices, cut = visible(row, shape)
+    if all(row[1 + len(shape) + axis] - row[1 + axis] == 1 for axis in range(len(shape))):
+        return [(slices, 1)]  # one voxel: it is one band of one line
     bands = []
     for axis in range(len(shape)):
         if row[1 + len(shape) + axis] - row[1 + axis] == 1:
@@ -117,7 +119,7 @@ def box_prior(
     cost,
     *,
     width=5,
-    size_bounds=(0.5, 0.9),
+    filling=(0.5, 0.9),
     slice_axis=None,
     weights=(1.0, 1.0, 1.0),
     emptiness="constraint",
@@ -129,7 +131,7 @@ def box_prior(
     """
     probs = np.asarray(probs, dtype=np.float64)
     num_classes, first_channel = foreground_of(probs)
-    bounds = np.broadcast_to(np.asarray(size_bounds, dtype=np.float64).reshape(-1, 2), (num_classes, 2))
+    bounds = np.broadcast_to(np.asarray(filling, dtype=np.float64).reshape(-1, 2), (num_classes, 2))
     images = images_of(probs, boxes, slice_axis)
     terms = np.zeros((probs.shape[0], num_classes, 3))
 

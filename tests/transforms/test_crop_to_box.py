@@ -4,7 +4,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from medconstraints.transforms import BoxesToGridd, LabelToBoxesd, RandCropToBoxd, label_to_boxes
+from medconstraints.boxes import label_to_boxes
+from medconstraints.transforms import BoxesToGridd, LabelToBoxesd, RandCropToBoxd
 
 
 def item(shape: tuple[int, ...] = (40, 30, 20)) -> dict:

@@ -79,8 +79,7 @@ def load(reader=None):
 
 
 @pytest.mark.parametrize("kind", ["voxel", "slicer", "csv", "LPS"])
-@pytest.mark.parametrize("affine", [LPS, PSR], ids=["LPS", "PSR"])
-@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAL"])
+@pytest.mark.parametrize(("affine", "axcodes"), [(LPS, "SAL"), (PSR, "RAS")], ids=["LPS", "PSR"])
 def test_boxes_follow_the_orientation_of_the_label(tmp_path, kind, affine, axcodes):
     chain = Compose([*load(), Orientationd(["image", "label"], axcodes=axcodes, labels=None), LoadBoxesd()])
     item = chain({**save_case(tmp_path, affine), "boxes": box_file(tmp_path, kind, affine)})
