@@ -68,7 +68,7 @@ def test_every_iteration_has_the_weights_of_its_epoch(make_run):
     assert logged == [{f"train_weight_{name}": w for name, w in SCHEDULE(epoch).items()} for epoch in range(4)]
 
 
-@pytest.mark.parametrize("cut_at", [4, 6, 7])  # the first and the last iteration of epoch 2, the first of epoch 3
+@pytest.mark.parametrize("cut_at", [6, 7])  # the last iteration of epoch 2, the first of epoch 3
 def test_a_resumed_run_ends_like_an_uninterrupted_one(make_run, tmp_path, cut_at):
     whole, before, after = [], [], []
     make_run(SCHEDULE, folder="whole", seen=whole).run()

@@ -300,7 +300,7 @@ class Payload:
         return self.path.touch, ()
 
 
-@pytest.mark.parametrize("spoil", ["truncated", "text", "pickle with code"])
+@pytest.mark.parametrize("spoil", ["truncated", "pickle with code"])
 def test_unreadable_state_gives_a_clear_error(tmp_path, spoil):
     Run(tmp_path, max_epochs=1)()
     path = tmp_path / "last.pt"
@@ -308,7 +308,7 @@ def test_unreadable_state_gives_a_clear_error(tmp_path, spoil):
         torch.save({"objects": Payload(tmp_path / "ran")}, path)
     else:
         content = path.read_bytes()
-        path.write_bytes({"truncated": content[: len(content) // 2], "text": b"epoch 1"}[spoil])
+        path.write_bytes(content[: len(content) // 2])
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match=r"last\.pt: the last state of this run cannot be read .*; move it away"):
         Run(tmp_path, max_epochs=2)()
@@ -333,12 +333,6 @@ def test_state_of_another_run(tmp_path, change, message):
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(RuntimeError, match=message):
         Run(tmp_path, max_epochs=2)()
-
-
-def test_weights_of_another_architecture(tmp_path):
-    Run(tmp_path, max_epochs=1)()
-    with pytest.raises(RuntimeError, match=r"last\.pt: the state of 'network' does not fit .*size mismatch"):
-        Run(tmp_path, max_epochs=2, width=5)()
 
 
 def test_what_has_no_state_is_refused(tmp_path):
@@ -405,7 +399,6 @@ def test_the_same_settings_go_on(tmp_path):
             {"slice_axis": 2, "patch_size": [16, 8]},
             r"settings: patch_size was \[16, 16\], is \[16, 8\]; slice_axis was None, is 2;",
         ),
-        ({"size_bounds": [0.1, 0.8]}, r"size_bounds was \[0\.1, 0\.9\], is \[0\.1, 0\.8\]"),
         ({"box_mode": None}, r"box_mode was 'not set', is None"),
     ],
 )
