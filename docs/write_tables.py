@@ -1,4 +1,7 @@
-"""Writes every table of the documentation from the files in docs/results; `--check` only says whether one is stale."""
+"""Writes every table of the documentation from the files in docs/results; `--check` only says whether one is stale.
+
+A row says which settings its run was to have. Where its file carries those of the run, they must be the same.
+"""
 
 from __future__ import annotations
 
@@ -6,51 +9,108 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from medconstraints.reports.tables import results_table, update_markdown
+from medconstraints.reports.tables import markdown_table, results_table, update_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 ORGAN = "hippocampus"
-FULL = "box_prior_full.json"
-RUNS = {
-    "Full labels": FULL,
-    "A box per slice (shipped weights)": "box_prior_slice_published.json",
-    "A box per slice, fitted size bounds": "box_prior_slice_fitted.json",
-    "One 3D box, fitted size bounds": "box_prior_box3d.json",
-    "Full labels, seed 1": "box_prior_full_seed1.json",
-    "A box per slice, seed 1": "box_prior_slice_seed1.json",
-}
 
 
-# Rows of the other bundles' tables.
-SIZE_RUNS = {
-    "Full labels": "size_constraint_hippocampus_full.json",
-    "Points and sizes (shipped weights)": "size_constraint_hippocampus.json",
-    "Points alone": "size_constraint_hippocampus_points.json",
+class Row(NamedTuple):
+    """A row of a table: its results file, what it claims of its training's settings, and what the thesis reports."""
+
+    file: str
+    claims: dict[str, Any]
+    paper: str = "-"
+
+
+def full_labels(bundle: str, seed: int = 0) -> dict[str, Any]:
+    """Claims of a training on every voxel."""
+    return {"bundle": bundle, "config_files": ["train.json", "full_supervision.json"], "seed": seed}
+
+
+SLICES = {"slice_axis": 1, "size_bounds": [0.5, 0.9], "seed": 0}
+BOXES = {
+    "Full labels": Row("box_prior_full.json", full_labels("box_prior")),
+    "A box per slice (shipped weights)": Row("box_prior_slice_published.json", SLICES),
+    "A box per slice, fitted size bounds": Row(
+        "box_prior_slice_fitted.json", {**SLICES, "size_bounds": [[0.6052, 0.7062], [0.6441, 0.7037]]}
+    ),
+    "One 3D box, fitted size bounds": Row(
+        "box_prior_box3d.json", {"slice_axis": None, "size_bounds": [[0.2892, 0.403], [0.1384, 0.2218]], "seed": 0}
+    ),
+    "Full labels, seed 1": Row("box_prior_full_seed1.json", full_labels("box_prior", 1)),
+    "A box per slice, seed 1": Row("box_prior_slice_seed1.json", {**SLICES, "seed": 1}),
 }
-BARRIER_RUNS = {
-    "Full labels": "size_constraint_hippocampus_full.json",
-    "Points, sizes and centroids, log-barrier (shipped weights)": "log_barrier_hippocampus.json",
-    "Points and sizes, penalty (bundle `size_constraint`)": "size_constraint_hippocampus.json",
+EVERY_VOXEL = Row("size_constraint_hippocampus_full.json", full_labels("size_constraint"))
+POINTS = Row("size_constraint_hippocampus.json", {"weak_source": "points", "level": "individual", "seed": 0})
+SIZES = {
+    "Full labels": EVERY_VOXEL,
+    "Points and sizes (shipped weights)": POINTS,
+    "Points alone": Row("size_constraint_hippocampus_points.json", {"weak_source": "points", "level": "none"}),
 }
-BOUNDARY_RUNS = {
-    "Full labels, cross-entropy": "size_constraint_hippocampus_full.json",
-    "Generalised Dice": "boundary_loss_hippocampus_gdl.json",
-    "Generalised Dice and boundary, alpha to 0.3 (shipped weights)": "boundary_loss_hippocampus.json",
-    "Generalised Dice and boundary, alpha to 1": "boundary_loss_hippocampus_to_one.json",
+BARRIER = {
+    "Full labels": EVERY_VOXEL,
+    "Points, sizes and centroids, log-barrier (shipped weights)": Row(
+        "log_barrier_hippocampus.json", {"weak_source": "points", "formulation": "log_barrier", "seed": 0}
+    ),
+    "Points and sizes, penalty (bundle `size_constraint`)": POINTS,
+}
+REBALANCED = {"regional": "generalized_dice", "distance": "boundary", "schedule": "rebalance", "seed": 0}
+BOUNDARY = {
+    "Full labels, cross-entropy": EVERY_VOXEL,
+    "Generalised Dice": Row(
+        "boundary_loss_hippocampus_gdl.json", {"regional": "generalized_dice", "schedule": "none", "seed": 0}
+    ),
+    "Generalised Dice and boundary, alpha to 0.3 (shipped weights)": Row(
+        "boundary_loss_hippocampus.json", {**REBALANCED, "alpha_increment": 0.01}
+    ),
+    "Generalised Dice and boundary, alpha to 1": Row(
+        "boundary_loss_hippocampus_to_one.json", {**REBALANCED, "alpha_increment": None}
+    ),
+}
+SHIPPED = {
+    "box_prior": BOXES["A box per slice (shipped weights)"],
+    "size_constraint": POINTS,
+    "boundary_loss": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
+    "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
+}
+# Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
+PROPOSALS = {"config_files": ["train.json", "acdc.json", "proposals.json"]}
+ACDC = {
+    "Partial cross-entropy": Row("partial", {"level": "none", "weak_source": "erosion"}, "0.150"),
+    "+ tags": Row("tags", {"level": "tags"}, "0.792"),
+    "+ tags, Lagrangian proposals": Row("proposals_tags", {"level": "tags", **PROPOSALS}, "0.771"),
+    "+ common size": Row("common", {"level": "common"}, "0.800"),
+    "+ common size, Lagrangian proposals": Row("proposals_common", {"level": "common", **PROPOSALS}, "0.785"),
+    "+ individual size": Row("individual", {"level": "individual"}, "0.871"),
+    "+ individual size, Lagrangian proposals": Row(
+        "proposals_individual", {"level": "individual", **PROPOSALS}, "0.790"
+    ),
+    "+ size of the volume": Row("volume", {"level": "volume"}, "0.858"),
+    "Full labels": Row("full", {"level": "none", "weak_source": "label"}, "0.887"),
+}
+DISCS = {
+    "Lagrangian": "0.005",
+    "ReLU Lagrangian": "0.798",
+    "Penalty": "0.712",
+    "Augmented Lagrangian": "-",
+    "Log-barrier": "0.945",
+    "Full labels": "0.998",
 }
 # Table 4.1 of the thesis (Dice, HD95 in mm), ISLES and WMH; table 4.3, ISLES.
-LESION_PAPER = {
+LESIONS = {
     "GDL": ("0.511, 5.32", "0.768, 3.63"),
     "GDL + boundary, 2D map": ("0.644, 4.80", "0.793, 2.04"),
     "GDL + boundary, 3D map": ("0.659, 2.73", "0.818, 1.70"),
     "GDL + Hausdorff": ("0.582, 4.13", "0.805, 2.15"),
     "Focal": ("0.631, 4.99", "0.808, 1.82"),
 }
-ALPHA_PAPER = {
+ALPHAS = {
     "GDL alone": "0.511, 5.32",
     "constant 0.01": "0.566, 5.05",
     "constant 0.1": "0.605, 5.76",
@@ -59,26 +119,6 @@ ALPHA_PAPER = {
     "increase": "0.622, 4.95",
     "rebalance": "0.644, 4.80",
 }
-# Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
-ACDC_ROWS = {
-    "Partial cross-entropy": ("partial", "0.150"),
-    "+ tags": ("tags", "0.792"),
-    "+ tags, Lagrangian proposals": ("proposals_tags", "0.771"),
-    "+ common size": ("common", "0.800"),
-    "+ common size, Lagrangian proposals": ("proposals_common", "0.785"),
-    "+ individual size": ("individual", "0.871"),
-    "+ individual size, Lagrangian proposals": ("proposals_individual", "0.790"),
-    "+ size of the volume": ("volume", "0.858"),
-    "Full labels": ("full", "0.887"),
-}
-TOY_ROWS = {
-    "Lagrangian": "0.005",
-    "ReLU Lagrangian": "0.798",
-    "Penalty": "0.712",
-    "Augmented Lagrangian": "-",
-    "Log-barrier": "0.945",
-    "Full labels": "0.998",
-}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -86,15 +126,53 @@ def load(name: str) -> dict[str, Any]:
     return dict(json.loads((RESULTS / name).read_text(encoding="utf-8")))
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
+# Claims
 
 
-def goal(runs: dict[str, str]) -> str:
+def is_recorded(label: str, claims: Mapping[str, Any], settings: Mapping[str, Any] | None) -> bool:
+    """Whether the settings of a row's training are there; they must be what the row claims.
+
+    Raises:
+        ValueError: they are others.
+    """
+    training = (settings or {}).get("training")
+    if training is None:
+        return False
+    found = {"bundle": training.get("bundle"), "config_files": training.get("config_files"), **training["settings"]}
+    wrong = [
+        f"{key} {claimed!r}, and its run had {found[key]!r}" if key in found else f"{key}, which its run did not have"
+        for key, claimed in claims.items()
+        if key not in found or found[key] != claimed
+    ]
+    if wrong:
+        raise ValueError(f"the row {label!r} claims {'; '.join(wrong)}")
+    return True
+
+
+def not_recorded(rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]) -> str:
+    """The line under a table that names the rows whose files do not tell how they were trained."""
+    recorded = {label: is_recorded(label, claims, settings) for label, claims, settings in rows}
+    silent = [label for label, told in recorded.items() if not told]
+    return f"Settings not recorded: {'; '.join(silent) if any(recorded.values()) else 'all rows'}." if silent else ""
+
+
+def paragraphs(*parts: str) -> str:
+    """Parts that are not empty, with a blank line between them."""
+    return "\n\n".join(part for part in parts if part)
+
+
+# Tables of bundles
+
+
+def scores(rows: Mapping[str, Row]) -> str:
+    """Dice and HD95 of runs."""
+    told = not_recorded((label, row.claims, load(row.file).get("settings")) for label, row in rows.items())
+    return paragraphs(results_table({label: RESULTS / row.file for label, row in rows.items()}), told)
+
+
+def goal(rows: Mapping[str, Row]) -> str:
     """Share of the Dice of full labels that weak labels reach."""
-    dice = {label: load(name)["summary"][ORGAN]["dice_mean"] for label, name in runs.items()}
+    dice = {label: load(row.file)["summary"][ORGAN]["dice_mean"] for label, row in rows.items()}
     full = {label.removeprefix("Full labels").strip(", "): dice.pop(label) for label in list(dice) if "Full" in label}
     parts = [
         f"{label[0].lower() + label[1:]} {100 * value / full[seed]:.1f} %"
@@ -115,22 +193,23 @@ def training(bundle: str) -> str:
     )
 
 
-def acdc() -> tuple[str, str]:
+def acdc() -> dict[str, str]:
     """The left ventricle at each level of supervision, and how near the individual sizes come to full labels."""
     seconds = load("size_constraint_training_seconds.json")["seconds"]
+    contents = {label: load(f"size_constraint_acdc_{row.file}.json") for label, row in ACDC.items()}
     rows, dice = [], {}
-    for label, (name, paper) in ACDC_ROWS.items():
-        content = load(f"size_constraint_acdc_{name}.json")
-        row = content["summary"]["left ventricle"]
-        dice[name] = row["dice_mean"]
-        cases = [case["left ventricle"] for case in content["cases"]]
+    for label, (name, _, paper) in ACDC.items():
+        summary = contents[label]["summary"]["left ventricle"]
+        dice[name] = summary["dice_mean"]
+        cases = [case["left ventricle"] for case in contents[label]["cases"]]
         size = statistics.median(case["volume_ml_prediction"] / case["volume_ml_reference"] for case in cases)
         minutes = f"{seconds[f'acdc_{name}'] / 60:.1f}"
-        rows.append([label, f"{row['dice_mean']:.3f} ({row['dice_sd']:.3f})", f"{size:.2f}", minutes, paper])
+        rows.append([label, f"{summary['dice_mean']:.3f} ({summary['dice_sd']:.3f})", f"{size:.2f}", minutes, paper])
     share = 100 * dice["individual"] / dice["full"]
     text = f"Individual sizes reach {share:.1f} % of full labels (goal 98 %; the thesis: {100 * 0.871 / 0.887:.1f} %)."
     header = ["Supervision", "Dice, test", "Size / true size, median", "Minutes of training", "Dice, thesis"]
-    return table(header, rows), text
+    told = not_recorded((label, ACDC[label].claims, content.get("settings")) for label, content in contents.items())
+    return {"acdc": paragraphs(markdown_table(header, rows), told), "acdc_goal": text}
 
 
 def tuned() -> dict[str, str]:
@@ -144,21 +223,21 @@ def tuned() -> dict[str, str]:
     return settings
 
 
-def toy() -> tuple[str, str]:
+def toy() -> dict[str, str]:
     """The discs with each formulation, and whether the log-barrier is ahead."""
-    content = load("log_barrier_toy.json")
+    summary = load("log_barrier_toy.json")["summary"]
     seconds = load("log_barrier_training_seconds.json")["seconds"]
     settings = tuned()
     rows = []
-    for label, paper in TOY_ROWS.items():
-        row = content["summary"][label]
+    for label, paper in DISCS.items():
+        row = summary[label]
         cells = [
             f"{row[f'{column}_mean']:.3f} ({row[f'{column}_sd']:.3f})" if row.get(f"{column}_mean") is not None else "-"
             for column in ("val_mean_dice", "satisfied", "stability")
         ]
         minutes = seconds[f"toy_{label.lower().replace('-', '_').replace(' ', '_')}"] / 60
         rows.append([label, settings[label], *cells, f"{minutes:.1f}", paper])
-    dice = {label: content["summary"][label]["val_mean_dice_mean"] for label in TOY_ROWS if label != "Full labels"}
+    dice = {label: summary[label]["val_mean_dice_mean"] for label in DISCS if label != "Full labels"}
     best = max(dice, key=lambda label: dice[label])
     others = load("log_barrier_toy_repeats.json")["summary"]
     repeats = "; ".join(f"{label}: {row['val_mean_dice_mean']:.3f}" for label, row in others.items())
@@ -168,10 +247,32 @@ def toy() -> tuple[str, str]:
         f"{repeats}."
     )
     header = ["Formulation", "Setting", "Dice", "Satisfied", "Stability", "Minutes of training", "Dice, thesis"]
-    return table(header, rows), text
+    return {"toy": markdown_table(header, rows), "toy_goal": text}
 
 
-def score(row: dict[str, Any] | None) -> str:
+def filling() -> dict[str, str]:
+    """The study of filling ratios, and from where on 3D boxes reach 95 % of full labels."""
+    rows = load("box_filling.json")["rows"]
+    kinds = ["3d boxes", "slice boxes", "labels"]
+    cells = [
+        [f"{row['filling']:.2f}", *(f"{row[f'{kind} dice']:.3f} ({row[f'{kind} sd']:.3f})" for kind in kinds)]
+        for row in rows
+    ]
+    share = {row["filling"]: row["3d boxes dice"] / row["labels dice"] for row in rows}
+    enough = [ratio for ratio in sorted(share) if all(share[other] >= 0.95 for other in share if other >= ratio)]
+    text = "3D boxes reach 95 % of the Dice of full labels at none of these ratios."
+    if enough:
+        text = f"3D boxes reach 95 % of the Dice of full labels from a filling ratio of {enough[0]:.2f} on."
+    worst = min(share)
+    text += f" At {worst:.2f} they reach {100 * share[worst]:.0f} %: there, draw a box in every slice."
+    header = ["Filling ratio", "One 3D box", "A box per slice", "Full labels"]
+    return {"filling": markdown_table(header, cells), "filling_conclusion": text}
+
+
+# Tables of the studies of the boundary loss
+
+
+def score(row: Mapping[str, Any] | None) -> str:
     """Dice and HD95 over the seeds."""
     if row is None:
         return "-"
@@ -185,17 +286,31 @@ def score(row: dict[str, Any] | None) -> str:
     return ", ".join(parts)
 
 
-def conditions(content: dict[str, Any]) -> str:
-    """Command, date and cost of a study."""
-    found = [row for rows in content["results"].values() for row in rows.values()]
-    minutes = [row["minutes"] for row in found if row["minutes"] is not None]
-    seeds = sorted({seed for row in found for seed in row["seeds"]})
+def claims_of(options: list[str]) -> dict[str, Any]:
+    """What the options of a study's row claim, as `fire` reads them."""
+    from fire.parser import DefaultParseValue
+
+    names, values = options[::2], options[1::2]
+    return {name.removeprefix("--"): DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
+
+
+def conditions(content: Mapping[str, Any]) -> str:
+    """Command, date and cost of a study, and the rows whose settings are not recorded."""
+    found = [(name, label, row) for name, rows in content["results"].items() for label, row in rows.items()]
+    of_data = content.get("options_of_data", {})
+    told = not_recorded(
+        (f"{label} ({name})", claims_of([*of_data.get(name, []), *content["options"][label]]), row.get("settings"))
+        for name, label, row in found
+    )
+    minutes = [row["minutes"] for _, _, row in found if row["minutes"] is not None]
+    seeds = sorted({seed for _, _, row in found for seed in row["seeds"]})
     epochs = ", ".join(f"{name} {count}" for name, count in content["epochs"].items())
-    return (
+    text = (
         f"`{content['command']}`, {content['date']}; seeds {', '.join(map(str, seeds))}; epochs: {epochs}; "
         f"{min(minutes):.1f} to {max(minutes):.1f} minutes for each training on one core ({content['processor']}), the "
         "machine shared with other work."
     )
+    return paragraphs(text, told)
 
 
 def lesions() -> str:
@@ -209,10 +324,9 @@ def lesions() -> str:
         "tumour": "Enhancing tumour",
     }
     rows = [
-        [row, *(score(results[name].get(row)) for name in names), *LESION_PAPER.get(row, ("-", "-"))]
+        [row, *(score(results[name].get(row)) for name in names), *LESIONS.get(row, ("-", "-"))]
         for row in content["options"]
     ]
-    header = ["Loss", *names.values(), "Thesis, ISLES", "Thesis, WMH"]
     lines = []
     for name, label in names.items():
         base, ours = results[name]["GDL"], results[name]["GDL + boundary, 3D map"]
@@ -229,186 +343,149 @@ def lesions() -> str:
         "GDL + boundary with 3D maps against GDL (goal: at least 5 Dice points more, at most 60 % of its HD95, and "
         f"ahead of the Hausdorff loss). {'. '.join(lines)}."
     )
-    return "\n\n".join([table(header, rows), goal_text, conditions(content)])
+    header = ["Loss", *names.values(), "Thesis, ISLES", "Thesis, WMH"]
+    return paragraphs(markdown_table(header, rows), goal_text, conditions(content))
 
 
 def alphas() -> str:
     """Schedules and constants of alpha."""
     content = load("boundary_loss_alpha.json")
     results = content["results"]["tumour"]
-    rows = [[row, score(results.get(row)), ALPHA_PAPER[row]] for row in content["options"]]
-    return "\n\n".join([table(["alpha", "Enhancing tumour", "Thesis, ISLES"], rows), conditions(content)])
+    rows = [[row, score(results.get(row)), ALPHAS[row]] for row in content["options"]]
+    return paragraphs(markdown_table(["alpha", "Enhancing tumour", "Thesis, ISLES"], rows), conditions(content))
 
 
 def heart() -> str:
     """Several classes on ACDC."""
     content = load("boundary_loss_classes.json")
+    results = content["results"]["heart"]
     rows = []
-    for label, row in content["results"]["heart"].items():
-        cells = [
-            f"{statistics.fmean(dice):.3f}, {statistics.fmean(hd95):.1f}"
-            if None not in hd95
-            else f"{statistics.fmean(dice):.3f}, -"
-            for dice, hd95 in zip(zip(*row["dice"], strict=True), zip(*row["hd95_mm"], strict=True), strict=True)
-        ]
-        rows.append([label, *cells, score(row)])
-    structures = next(iter(content["results"]["heart"].values()))["structures"]
-    header = ["Loss", *structures, "mean"]
-    return "\n\n".join([table(header, rows), conditions(content)])
+    for label, row in results.items():
+        pairs = zip(zip(*row["dice"], strict=True), zip(*row["hd95_mm"], strict=True), strict=True)
+        means = [(statistics.fmean(dice), "-" if None in hd else f"{statistics.fmean(hd):.1f}") for dice, hd in pairs]
+        rows.append([label, *(f"{dice:.3f}, {hd95}" for dice, hd95 in means), score(row)])
+    header = ["Loss", *next(iter(results.values()))["structures"], "mean"]
+    return paragraphs(markdown_table(header, rows), conditions(content))
+
+
+# Benchmarks
+
+
+def times(value: float, digits: int = 2) -> str:
+    """A ratio."""
+    return f"{value:.{digits}f}x"
+
+
+def shape_of(row: Mapping[str, Any]) -> str:
+    """Shape of an input."""
+    return " x ".join(map(str, row["shape"]))
+
+
+def measured_by(*results: Mapping[str, Any]) -> str:
+    """Command, date and machine of each benchmark, as paragraphs."""
+    return paragraphs(
+        *(
+            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
+            f"{where['device']} ({where['processor']})."
+            for where in (result["environment"] for result in results)
+        )
+    )
 
 
 def boundary_benchmarks() -> str:
     """Distance maps, losses and an epoch."""
     maps, losses, epoch = (load(f"benchmark_boundary_{name}.json") for name in ("distance_maps", "loss", "epoch"))
-    rows = [
+    map_rows = [
         [
-            f"{' x '.join(map(str, row['shape']))}, {row['case']}",
+            f"{shape_of(row)}, {row['case']}",
             f"{row['scipy_ms'] / 1e3:.1f} s",
-            f"{row['ratio_exact']:.3f}x ({row['ratio_exact_one_thread']:.3f}x)",
-            f"{row['ratio_clipped']:.3f}x ({row['ratio_clipped_one_thread']:.3f}x)",
-            f"{row['ratio_four_classes_to_whole']:.2f}x ({row['ratio_four_classes_to_one']:.2f}x)",
+            f"{times(row['ratio_exact'], 3)} ({times(row['ratio_exact_one_thread'], 3)})",
+            f"{times(row['ratio_clipped'], 3)} ({times(row['ratio_clipped_one_thread'], 3)})",
+            f"{times(row['ratio_four_classes_to_whole'])} ({times(row['ratio_four_classes_to_one'])})",
             f"{row['largest_error_mm']:.0e} mm",
             f"{row['extra_memory_mb']:.0f} MB",
         ]
         for row in maps["rows"]
     ]
-    header = ["Label, object", "scipy twice", "Exact", "Within 10 mm", "4 classes", "Error", "Extra memory"]
-    lines = [table(header, rows), ""]
-    lines += [
-        "Goals: 197 x 233 x 189 exact at most 0.3x, within 10 mm at most 0.1x; 512 x 512 x 200 exact at most 0.15x, "
-        "within 10 mm at most 0.05x; at most 350 MB beyond the result; four classes at most 2x one.",
-        "",
-    ]
-    rows = [
+    map_header = ["Label, object", "scipy twice", "Exact", "Within 10 mm", "4 classes", "Error", "Extra memory"]
+    ratios = {
+        "Boundary / cross-entropy": "boundary",
+        "from probabilities": "boundary_from_probabilities",
+        "Boundary / MONAI's": "",
+        "Hausdorff / MONAI's": "hausdorff_to_monai",
+        "with the label's map": "hausdorff_with_map_to_monai",
+        "GDL / MONAI's": "generalized_dice_to_monai",
+    }
+    loss_rows = [
         [
-            f"{row['case']}, {' x '.join(map(str, row['shape']))}",
-            f"{row['ratio_boundary']:.2f}x",
-            f"{row['ratio_boundary_from_probabilities']:.2f}x",
-            f"1/{row['monai_boundary_over_ours']:.0f}",
-            f"{row['ratio_hausdorff_to_monai']:.2f}x",
-            f"{row['ratio_hausdorff_with_map_to_monai']:.2f}x",
-            f"{row['ratio_generalized_dice_to_monai']:.2f}x",
+            f"{row['case']}, {shape_of(row)}",
+            *(times(row[f"ratio_{k}"]) if k else f"1/{row['monai_boundary_over_ours']:.0f}" for k in ratios.values()),
         ]
         for row in losses["rows"]
     ]
-    header = [
-        "Input",
-        "Boundary / cross-entropy",
-        "from probabilities",
-        "Boundary / MONAI's",
-        "Hausdorff / MONAI's",
-        "with the label's map",
-        "GDL / MONAI's",
-    ]
-    lines += [table(header, rows), ""]
-    lines += [
-        "Goals, 3D with two classes: at most 0.6x of cross-entropy, 1/50 of MONAI's boundary loss, 1/3 of MONAI's "
-        "Hausdorff loss.",
-        "",
-    ]
-    lines += [
+    epochs = [
         f"One epoch of the bundle ({row['case']}) against the same without the boundary term and its maps: "
-        f"{row['ratio_boundary']:.3f}x (goal 1.01x); with the Hausdorff loss {row['ratio_hausdorff']:.2f}x."
+        f"{times(row['ratio_boundary'], 3)} (goal 1.01x); with the Hausdorff loss {times(row['ratio_hausdorff'])}."
         for row in epoch["rows"]
     ]
-    return "\n".join([*lines, *measured_by(maps, losses, epoch)])
-
-
-def measured_by(*results: dict[str, Any]) -> list[str]:
-    """Command, date and machine of each benchmark, as paragraphs."""
-    lines = []
-    for where in (result["environment"] for result in results):
-        lines.append("")
-        lines.append(
-            f"`{where['command']}`, {where['date']}, torch {where['torch']}, {where['threads']} threads, "
-            f"{where['device']} ({where['processor']})."
-        )
-    return lines
+    return paragraphs(
+        markdown_table(map_header, map_rows),
+        "Goals: 197 x 233 x 189 exact at most 0.3x, within 10 mm at most 0.1x; 512 x 512 x 200 exact at most 0.15x, "
+        "within 10 mm at most 0.05x; at most 350 MB beyond the result; four classes at most 2x one.",
+        markdown_table(["Input", *ratios], loss_rows),
+        "Goals, 3D with two classes: at most 0.6x of cross-entropy, 1/50 of MONAI's boundary loss, 1/3 of MONAI's "
+        "Hausdorff loss.",
+        "\n".join(epochs),
+        measured_by(maps, losses, epoch),
+    )
 
 
 def constraint_benchmarks() -> str:
     """Time and memory of the constraint losses, of the formulations, and of an epoch."""
     loss, epoch = load("benchmark_constraint_loss.json"), load("benchmark_constraint_epoch.json")
-    rows = [
-        [
-            row["case"],
-            " x ".join(map(str, row["shape"])),
-            f"{row['ratio_from_probabilities']:.2f}x",
-            f"{row['ratio_from_logits']:.2f}x",
-            f"{row['ratio_size_alone']:.2f}x",
-            f"{row['peak_memory_over_probabilities']:.2f}x",
-        ]
-        for row in loss["rows"]
-        if "case" in row
-    ]
+    keys = ("ratio_from_probabilities", "ratio_from_logits", "ratio_size_alone", "peak_memory_over_probabilities")
     header = ["Constraints", "Input", "From probabilities", "From logits", "Size alone", "Peak memory"]
-    lines = [table(header, rows), ""]
-    lines += ["Goal: at most 0.6x from probabilities.", ""]
+    rows = [[row["case"], shape_of(row), *(times(row[k]) for k in keys)] for row in loss["rows"] if "case" in row]
     costs = [row for row in loss["rows"] if "formulation" in row]
     counts = list(costs[0]["ms_by_constraints"])
     cells = [[row["formulation"], *(f"{1e3 * row['ms_by_constraints'][n]:.0f}" for n in counts)] for row in costs]
-    lines += [table(["Microseconds for so many constraints", *counts], cells), ""]
-    cells = [[row["case"], f"{row['ratio']:.3f}x"] for row in epoch["rows"]]
-    lines += [table(["One epoch of the bundle", "Against cross-entropy on full labels"], cells), ""]
-    lines += ["Goals: log-barrier at most 1.02x, Lagrangians at most 1.10x, proposals at most 1.5x."]
-    return "\n".join([*lines, *measured_by(loss, epoch)])
+    return paragraphs(
+        markdown_table(header, rows),
+        "Goal: at most 0.6x from probabilities.",
+        markdown_table(["Microseconds for so many constraints", *counts], cells),
+        markdown_table(
+            ["One epoch of the bundle", "Against cross-entropy on full labels"],
+            [[row["case"], times(row["ratio"], 3)] for row in epoch["rows"]],
+        ),
+        "Goals: log-barrier at most 1.02x, Lagrangians at most 1.10x, proposals at most 1.5x.",
+        measured_by(loss, epoch),
+    )
 
 
-def filling() -> tuple[str, str]:
-    """The study of filling ratios, and from where on 3D boxes reach 95 % of full labels."""
-    rows = load("box_filling.json")["rows"]
-    kinds = ["3d boxes", "slice boxes", "labels"]
-    cells = [
-        [f"{row['filling']:.2f}", *(f"{row[f'{kind} dice']:.3f} ({row[f'{kind} sd']:.3f})" for kind in kinds)]
-        for row in rows
-    ]
-    share = {row["filling"]: row["3d boxes dice"] / row["labels dice"] for row in rows}
-    enough = [ratio for ratio in sorted(share) if all(share[other] >= 0.95 for other in share if other >= ratio)]
-    text = "3D boxes reach 95 % of the Dice of full labels at none of these ratios."
-    if enough:
-        text = f"3D boxes reach 95 % of the Dice of full labels from a filling ratio of {enough[0]:.2f} on."
-    worst = min(share)
-    text += f" At {worst:.2f} they reach {100 * share[worst]:.0f} %: there, draw a box in every slice."
-    return table(["Filling ratio", "One 3D box", "A box per slice", "Full labels"], cells), text
-
-
-def benchmarks() -> str:
+def box_benchmarks() -> str:
     """Time and memory of the losses and of an epoch."""
     loss, epoch = load("benchmark_box_prior_loss.json"), load("benchmark_box_prior_epoch.json")
-    rows = [
-        [
-            row["case"],
-            " x ".join(map(str, row["shape"])),
-            f"{row['ratio_from_logits']:.2f}x",
-            f"{row['ratio_from_probabilities']:.2f}x",
-            f"{row['peak_memory_over_probabilities']:.2f}x",
-        ]
-        for row in loss["rows"]
-    ]
+    keys = ("ratio_from_logits", "ratio_from_probabilities", "peak_memory_over_probabilities")
     header = ["Boxes", "Input", "Time, from logits", "Time, from probabilities", "Peak memory"]
-    lines = [table(header, rows), ""]
-    met = {
-        "1.2x in time from probabilities": sum(row["ratio_from_probabilities"] <= 1.2 for row in loss["rows"]),
-        "1.2x in time from logits": sum(row["ratio_from_logits"] <= 1.2 for row in loss["rows"]),
-        "2x in memory": sum(row["peak_memory_over_probabilities"] <= 2 for row in loss["rows"]),
+    goals = {
+        "1.2x in time from probabilities": ("ratio_from_probabilities", 1.2),
+        "1.2x in time from logits": ("ratio_from_logits", 1.2),
+        "2x in memory": ("peak_memory_over_probabilities", 2),
     }
+    met = {name: sum(row[key] <= most for row in loss["rows"]) for name, (key, most) in goals.items()}
     counted = "; ".join(f"at most {name}: {count} of {len(loss['rows'])}" for name, count in met.items())
-    lines += [f"Goals and how many of these cases meet them: {counted}.", ""]
-    lines += [f"One epoch of the bundle ({row['case']}): {row['ratio']:.3f}x (goal 1.03x)." for row in epoch["rows"]]
-    return "\n".join([*lines, *measured_by(loss, epoch)])
-
-
-SHIPPED = {
-    "box_prior": RUNS["A box per slice (shipped weights)"],
-    "size_constraint": SIZE_RUNS["Points and sizes (shipped weights)"],
-    "boundary_loss": BOUNDARY_RUNS["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
-    "log_barrier": BARRIER_RUNS["Points, sizes and centroids, log-barrier (shipped weights)"],
-}
+    epochs = [f"One epoch of the bundle ({row['case']}): {times(row['ratio'], 3)}" for row in epoch["rows"]]
+    return paragraphs(
+        markdown_table(header, [[row["case"], shape_of(row), *(times(row[k]) for k in keys)] for row in loss["rows"]]),
+        f"Goals and how many of these cases meet them: {counted}.",
+        "\n".join(f"{text} (goal 1.03x)." for text in epochs),
+        measured_by(loss, epoch),
+    )
 
 
 def update_metadata(bundle: str, *, check: bool) -> bool:
     """Write the scores of the shipped weights on the test list into the bundle's metadata; whether it changes."""
-    summary = load(SHIPPED[bundle])["summary"]
+    summary = load(SHIPPED[bundle].file)["summary"]
     path = ROOT / "bundles" / bundle / "configs" / "metadata.json"
     before = path.read_text(encoding="utf-8")
     content = json.loads(before)
@@ -423,14 +500,17 @@ def update_metadata(bundle: str, *, check: bool) -> bool:
     return before != after
 
 
-def readme(bundle: str) -> Path:
-    """The bundle's README."""
-    return ROOT / "bundles" / bundle / "docs" / "README.md"
-
-
-def files(runs: dict[str, str]) -> dict[str, Path]:
-    """Results files of the rows of a table."""
-    return {label: RESULTS / name for label, name in runs.items()}
+def all_tables() -> dict[str, dict[str, str]]:
+    """Text of each table, by page and name."""
+    pages = {
+        "box_prior": {"results": scores(BOXES), "goal": goal(BOXES), **filling()},
+        "size_constraint": {"results": scores(SIZES), "goal": goal(SIZES), **acdc()},
+        "log_barrier": {"results": scores(BARRIER), "goal": goal(BARRIER), **toy()},
+        "boundary_loss": {"results": scores(BOUNDARY), "lesions": lesions(), "alpha": alphas(), "acdc": heart()},
+    }
+    tables = {f"bundles/{name}/docs/README.md": page | {"training": training(name)} for name, page in pages.items()}
+    benchmarks = {"boundary": boundary_benchmarks(), "box_prior": box_benchmarks()}
+    return tables | {"docs/benchmarks.md": benchmarks | {"constraints": constraint_benchmarks()}}
 
 
 def main() -> int:
@@ -438,37 +518,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a table would change")
     args = parser.parse_args()
-    ratios, conclusion = filling()
-    levels, level_goal = acdc()
-    discs, disc_goal = toy()
-    box, size, barrier = readme("box_prior"), readme("size_constraint"), readme("log_barrier")
-    boundary = readme("boundary_loss")
-    tables = [
-        (box, "results", results_table(files(RUNS))),
-        (box, "goal", goal(RUNS)),
-        (box, "training", training("box_prior")),
-        (box, "filling", ratios),
-        (box, "filling_conclusion", conclusion),
-        (size, "results", results_table(files(SIZE_RUNS))),
-        (size, "goal", goal(SIZE_RUNS)),
-        (size, "training", training("size_constraint")),
-        (size, "acdc", levels),
-        (size, "acdc_goal", level_goal),
-        (barrier, "results", results_table(files(BARRIER_RUNS))),
-        (barrier, "goal", goal(BARRIER_RUNS)),
-        (barrier, "training", training("log_barrier")),
-        (barrier, "toy", discs),
-        (barrier, "toy_goal", disc_goal),
-        (boundary, "results", results_table(files(BOUNDARY_RUNS))),
-        (boundary, "training", training("boundary_loss")),
-        (boundary, "lesions", lesions()),
-        (boundary, "alpha", alphas()),
-        (boundary, "acdc", heart()),
-        (ROOT / "docs" / "benchmarks.md", "boundary", boundary_benchmarks()),
-        (ROOT / "docs" / "benchmarks.md", "box_prior", benchmarks()),
-        (ROOT / "docs" / "benchmarks.md", "constraints", constraint_benchmarks()),
+    changed = [
+        name
+        for page, tables in all_tables().items()
+        for name, text in tables.items()
+        if update_markdown(ROOT / page, name, text, check=args.check)
     ]
-    changed = [name for path, name, text in tables if update_markdown(path, name, text, check=args.check)]
     changed += [f"metadata of {bundle}" for bundle in SHIPPED if update_metadata(bundle, check=args.check)]
     sys.stdout.write(f"{'stale' if args.check else 'written'}: {', '.join(changed) or 'nothing'}\n")
     return int(args.check and bool(changed))

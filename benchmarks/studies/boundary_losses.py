@@ -50,13 +50,13 @@ CLASSES = {
     "GDL": "--schedule none",
     "GDL + boundary": "",
     "Boundary alone, foreground classes": "--schedule alone",
-    "Boundary alone, all classes": "--schedule alone --boundary_background true",
+    "Boundary alone, all classes": "--schedule alone --boundary_background True",
 }
 TUMOUR = "--class_map [0,0,0,0,1] --patch_size [144,208]"
 HALVES = "--patch_size [96,176]"
 HEART = (
     "--slice_axis 2 --in_channels 1 --num_classes 4 --class_map [0,1,2,3] --patch_size [96,96] "
-    "--spacing_mm [2,2,-1] --nonzero false"
+    "--spacing_mm [2,2,-1] --nonzero False"
 )
 LESION, ENHANCING = {"lesion": [1]}, {"enhancing": [4]}
 ORGANS = {"right ventricle": [1], "myocardium": [2], "left ventricle": [3]}
@@ -75,7 +75,7 @@ SETS: dict[str, tuple[int, str, str, dict[str, list[int]]]] = {
         20,
         HEART,
         "--in_channels 1 --num_classes 4 --class_values [0,1,2,3] --patch_size [96,96] --spacing_mm [2,2,-1] "
-        "--nonzero false",
+        "--nonzero False",
         ORGANS,
     ),
 }
@@ -134,7 +134,7 @@ def commands(dataset: str, options: str, seed: int, name: str) -> list[list[str]
     train += shlex.split(training) + shlex.split(options)
     predict = [*run, f"['{configs}/inference.json','{configs}/inference_slices.json']"]
     predict += ["--dataset_dir", f"lists/{dataset}.json", "--ckpt_path", f"runs/{name}/model.pt"]
-    predict += ["--output_dir", f"masks/{name}", "--overwrite", "true", *shlex.split(inference)]
+    predict += ["--output_dir", f"masks/{name}", "--overwrite", "True", *shlex.split(inference)]
     score = ["python", "-m", "medconstraints", "evaluation", "--datalist", f"lists/{dataset}.json"]
     score += ["--section", "test", "--predictions", f"masks/{name}", "--structures", json.dumps(structures)]
     return [train, predict, [*score, "--output", f"scores/{name}.json", "--overwrite"]]
@@ -166,9 +166,10 @@ def collect(study: str) -> dict[str, Any]:
         structures = list(SETS[dataset][3])
         for row in rows:
             runs = [(seed, Path(f"scores/{_name(dataset, row, seed)}.json")) for seed in range(seeds)]
-            scores = {seed: _read(path)["summary"] for seed, path in runs if path.exists()}
-            if not scores:
+            files = {seed: _read(path) for seed, path in runs if path.exists()}
+            if not files:
                 continue
+            scores = {seed: file["summary"] for seed, file in files.items()}
             dice = [[score[name]["dice_mean"] for name in structures] for score in scores.values()]
             hd95 = [[score[name]["hd95_mm_mean"] for name in structures] for score in scores.values()]
             minutes = [
@@ -191,6 +192,7 @@ def collect(study: str) -> dict[str, Any]:
                 ),
                 "hd95_cases": sum(score[name]["n"] for score in scores.values() for name in structures),
                 "minutes": _mean(minutes),
+                "settings": next(iter(files.values())).get("settings"),  # of the first seed
             }
     return {
         "study": study,
@@ -199,6 +201,7 @@ def collect(study: str) -> dict[str, Any]:
         "epochs": {dataset: SETS[dataset][0] for dataset in sets},
         "processor": platform.machine(),
         "options": {row: shlex.split(options) for row, options in rows.items()},
+        "options_of_data": {dataset: shlex.split(SETS[dataset][1]) for dataset in sets},
         "results": found,
     }
 

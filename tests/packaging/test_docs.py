@@ -87,3 +87,14 @@ def test_tables_are_those_of_the_results(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "docs" / "write_tables.py"), run_name="__main__")
     assert end.value.code == 0, capsys.readouterr().out
+
+
+def test_a_row_is_compared_with_the_settings_of_its_run():
+    is_recorded = runpy.run_path(str(ROOT / "docs" / "write_tables.py"))["is_recorded"]
+    training = {"bundle": "b", "config_files": ["train.json"], "settings": {"slice_axis": 1, "size_bounds": [0.5, 0.9]}}
+    claims = {"slice_axis": 1, "size_bounds": [0.5, 0.9], "config_files": ["train.json"]}
+    assert is_recorded("row", claims, {"settings": {}, "training": training})
+    assert not is_recorded("row", claims, None) and not is_recorded("row", claims, {"settings": {"slice_axis": 1}})
+    for wrong, words in (({"slice_axis": None}, "slice_axis None, and its run had 1"), ({"x": 1}, "did not have")):
+        with pytest.raises(ValueError, match=f"'One 3D box' claims .*{words}"):
+            is_recorded("One 3D box", claims | wrong, {"settings": {}, "training": training})
