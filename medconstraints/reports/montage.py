@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from medconstraints.boxes import map_boxes
 from medconstraints.reports.volumes import Volume, read_image, read_labels, require_same_grid
@@ -169,7 +170,7 @@ def _canonical_boxes(boxes: Any, stored: Volume, image: Volume) -> np.ndarray:
             f"boxes: expected rows [class, starts, stops], 7 numbers for a volume of shape {stored.data.shape}, "
             f"got shape {rows.shape}."
         )
-    return map_boxes(rows[rows[:, 0] >= 0], stored.affine, image.affine).numpy()
+    return map_boxes(torch.as_tensor(rows[rows[:, 0] >= 0]), stored.affine, image.affine).numpy()
 
 
 def _rectangles(boxes: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -188,7 +189,7 @@ def _figure(rows: Sequence[_Row], class_names: Mapping[int, str]) -> Figure:
     heights = [_PANEL_INCHES * min(max(shape, 0.3), 1.6) + _TEXT_INCHES for shape in shapes]
     size = len(COLUMNS) * _PANEL_INCHES, sum(heights) + _TEXT_INCHES
     figure = Figure(figsize=size, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.08))
-    parts = figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, _TEXT_INCHES])
+    parts = np.atleast_1d(figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, _TEXT_INCHES]))
     for part, row in zip(parts, rows, strict=False):
         _draw_row(part, row)
     if numbers := sorted(set().union(*(row.classes for row in rows))):
