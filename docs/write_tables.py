@@ -33,15 +33,15 @@ def full_labels(bundle: str, seed: int = 0) -> dict[str, Any]:
     return {"bundle": bundle, "config_files": ["train.json", "full_supervision.json"], "seed": seed}
 
 
-SLICES = {"slice_axis": 1, "size_bounds": [0.5, 0.9], "seed": 0}
+SLICES = {"slice_axis": 1, "filling": [0.5, 0.9], "seed": 0}
 BOXES = {
     "Full labels": Row("box_prior_full.json", full_labels("box_prior")),
     "A box per slice (shipped weights)": Row("box_prior_slice_published.json", SLICES),
     "A box per slice, fitted size bounds": Row(
-        "box_prior_slice_fitted.json", {**SLICES, "size_bounds": [[0.6052, 0.7062], [0.6441, 0.7037]]}
+        "box_prior_slice_fitted.json", {**SLICES, "filling": [[0.6052, 0.7062], [0.6441, 0.7037]]}
     ),
     "One 3D box, fitted size bounds": Row(
-        "box_prior_box3d.json", {"slice_axis": None, "size_bounds": [[0.2892, 0.403], [0.1384, 0.2218]], "seed": 0}
+        "box_prior_box3d.json", {"slice_axis": None, "filling": [[0.2892, 0.403], [0.1384, 0.2218]], "seed": 0}
     ),
     "Full labels, seed 1": Row("box_prior_full_seed1.json", full_labels("box_prior", 1)),
     "A box per slice, seed 1": Row("box_prior_slice_seed1.json", {**SLICES, "seed": 1}),
@@ -56,15 +56,15 @@ SIZES = {
 BARRIER = {
     "Full labels": EVERY_VOXEL,
     "Points, sizes and centroids, log-barrier (shipped weights)": Row(
-        "log_barrier_hippocampus.json", {"weak_source": "points", "formulation": "log_barrier", "seed": 0}
+        "log_barrier_hippocampus.json", {"weak_source": "points", "config_files": ["train.json"], "seed": 0}
     ),
     "Points and sizes, penalty (bundle `size_constraint`)": POINTS,
 }
-REBALANCED = {"regional": "generalized_dice", "distance": "boundary", "schedule": "rebalance", "seed": 0}
+REBALANCED = {"config_files": ["train.json"], "schedule": "rebalance", "seed": 0}
 BOUNDARY = {
     "Full labels, cross-entropy": EVERY_VOXEL,
     "Generalised Dice": Row(
-        "boundary_loss_hippocampus_gdl.json", {"regional": "generalized_dice", "schedule": "none", "seed": 0}
+        "boundary_loss_hippocampus_gdl.json", {"config_files": ["train.json"], "schedule": "none", "seed": 0}
     ),
     "Generalised Dice and boundary, alpha to 0.3 (shipped weights)": Row(
         "boundary_loss_hippocampus.json", {**REBALANCED, "alpha_increment": 0.01}

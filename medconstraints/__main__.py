@@ -1,7 +1,9 @@
 """Every command of the package: `python -m medconstraints <command> --option value ...`; alone, it lists them.
 
-A command is a function of keywords. Its options are read before it is called: one that it does not have, one given
-twice, and a value of another kind end with exit status 2 and the reason as the last line.
+A command is a function of the package, and its options are the function's arguments. They are read before it is called:
+one that it does not have, one given twice, and a value of another kind end with exit status 2 and the reason as the
+last line. What it returns is printed; a dictionary is written to the JSON file `--output` and shown in short; a list
+names problems, and gives exit status 1 unless it is empty.
 """
 
 from __future__ import annotations
@@ -10,38 +12,72 @@ import difflib
 import functools
 import inspect
 import io
+import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFns
 from fire.parser import DefaultParseValue
 
-__all__ = ["COMMANDS", "main", "read_command"]
+__all__ = ["COMMANDS", "Command", "main", "read_command"]
 
-PROGRAM = "python -m medconstraints"
-# Where each command stands, imported when it is asked for, and what the list says of it.
+
+class Command(NamedTuple):
+    """Where a function stands, which is imported when it is asked for, and what the list of commands says of it.
+
+    `shown` is the function that makes a short text of a dictionary, which then is written to a file.
+    """
+
+    target: str
+    line: str
+    shown: str | None = None
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        found: Callable[..., Any] = pkgutil.resolve_name(f"medconstraints.{self.target}")
+        return found
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Options as keywords, with those of the file that is written."""
+        parameters = inspect.signature(self.function).parameters.values()
+        options = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        return inspect.Signature(options + (_FILE if self.shown else []))
+
+
+def _to_file(*, output: str, overwrite: bool = False) -> None: ...
+
+
+_FILE = list(inspect.signature(_to_file).parameters.values())
 COMMANDS = {
-    "demo": (
-        "medconstraints.demo:run_demo",
-        "train on synthetic volumes with boxes only and report",
+    "demo": Command("demo:run_demo", "train on synthetic volumes with boxes only, and report"),
+    "phantoms": Command("synthetic.phantoms:make_cohort", "write a cohort of synthetic 3D volumes"),
+    "discs": Command("synthetic.discs:make_discs", "write a cohort of noisy 2D images of two discs"),
+    "check_dataset": Command("data.manifests:check_dataset", "compare a local copy of a data set with its manifest"),
+    "make_datalist": Command(
+        "data.manifests:make_datalist", "list the cases of a data set, divided by patient", "data.manifests:numbers_of"
     ),
-    "phantoms": ("medconstraints.synthetic.phantoms:make_cohort", "write a cohort of synthetic 3D volumes"),
-    "discs": ("medconstraints.synthetic.discs:make_discs", "write a cohort of noisy 2D images of two discs"),
-    "check_dataset": ("medconstraints.commands:check_dataset", "compare a local copy of a data set with its manifest"),
-    "make_datalist": ("medconstraints.commands:make_datalist", "list the cases of a data set, divided by patient"),
-    "fit_common_bounds": ("medconstraints.commands:fit_common_bounds", "fit one pair of size bounds for all images"),
-    "fit_filling": ("medconstraints.commands:fit_filling", "fit how much of its boxes an organ fills"),
-    "evaluation": ("medconstraints.commands:evaluation", "score saved masks against their references"),
-    "report": ("medconstraints.commands:report", "write a page and a picture of scored masks"),
-    "curves": ("medconstraints.commands:curves", "summarise and draw the epochs of several runs"),
-    "tables": ("medconstraints.commands:tables", "put a table of results into a Markdown file"),
+    "fit_common_bounds": Command("commands:fit_common_bounds", "fit one pair of size bounds for all images"),
+    "fit_filling": Command("commands:fit_filling", "fit how much of its boxes an organ fills"),
+    "evaluation": Command(
+        "reports.evaluation:evaluate_predictions",
+        "score saved masks against their references",
+        "reports.evaluation:format_summary",
+    ),
+    "report": Command("reports.page:write_report", "write a page and a picture of scored masks"),
+    "curves": Command(
+        "reports.curves:read_curves", "summarise and draw the epochs of several runs", "reports.curves:format_curves"
+    ),
+    "tables": Command("reports.tables:update_table", "put a table of results into a Markdown file"),
 }
 # What an option may be, and how an error calls it.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -49,16 +85,17 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     str: ((str,), "a text"),
+    Mapping: ((dict,), "names and values such as '{\"organ\": [1]}'"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all is well, 2 if it could not be run, and 1 if it says so."""
+    """Run one command; 0 if all is well, 2 if it could not be run, and 1 if it found problems."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("help", "--help", "-h"):
         width = max(map(len, COMMANDS))
-        lines = [f"  {name.ljust(width)}  {line}\n" for name, (_, line) in COMMANDS.items()]
-        sys.stdout.write(f"{PROGRAM} <command> --help tells the options of each:\n" + "".join(lines))
+        lines = [f"  {name.ljust(width)}  {command.line}\n" for name, command in COMMANDS.items()]
+        sys.stdout.write("python -m medconstraints <command> --help tells the options of each:\n" + "".join(lines))
         return 0
     try:
         call = read_command(given)
@@ -69,11 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"{given[0]}: a step failed with exit status {error.returncode}; its messages are above\n")
         return 1
-    if isinstance(result, int):
-        return result
-    if result is not None:
-        sys.stdout.write(f"{result}\n")
-    return 0
+    problems = result if isinstance(result, list) else []
+    shown = "\n".join(problems) if problems else "no problem found" if result == [] else result
+    sys.stdout.write("" if shown is None else f"{shown}\n")
+    return int(bool(problems))
 
 
 def read_command(arguments: Sequence[str]) -> Callable[[], Any] | None:
@@ -87,35 +123,45 @@ def read_command(arguments: Sequence[str]) -> Callable[[], Any] | None:
     """
     name = arguments[0].replace("-", "_") if arguments else ""
     if name not in COMMANDS:
-        raise ValueError(f"no such command{_nearest(name, COMMANDS, '')}")
-    function, arguments = pkgutil.resolve_name(COMMANDS[name][0]), list(arguments[1:])
-    signature = inspect.signature(function)
-    names = [text[2:].split("=")[0].replace("-", "_") for text in arguments if text.startswith("--")]
-    wants_help = "help" in names or "-h" in arguments
-    for option in names:
-        if option not in (*signature.parameters, "help"):
-            raise ValueError(f"--{option}: names no option{_nearest(option, signature.parameters, '--')}")
-        if names.count(option) > 1:
-            raise ValueError(f"--{option}: is given {names.count(option)} times, and only one would count")
-    for option, parameter in signature.parameters.items():
-        if parameter.default is parameter.empty and option not in names and not wants_help:
-            raise ValueError(f"--{option}: is missing")
+        raise ValueError(f"no such command{_nearest(name, COMMANDS)}")
+    command, rest = COMMANDS[name], list(arguments[1:])
+    parameters = command.signature.parameters
+    given = [text[2:].split("=")[0].replace("-", "_") for text in rest if text.startswith("--")]
+    for option in given:
+        if option not in (*parameters, "help"):
+            raise ValueError(f"--{option}: names no option{_nearest(option, parameters)}")
+        if given.count(option) > 1:
+            raise ValueError(f"--{option}: is given {given.count(option)} times, and only one would count")
+    missing = [option for option in parameters if parameters[option].default is inspect.Parameter.empty]
+    missing = [option for option in missing if option not in given]
+    if missing and "help" not in given and "-h" not in rest:
+        raise ValueError(f"--{missing[0]}: is missing")
+    options = _taken_by_fire(name, command, rest)
+    return None if options is None else functools.partial(_run, command, options)
 
-    return _taken_by_fire(name, function, arguments)
+
+def _run(command: Command, options: dict[str, Any]) -> Any:
+    if command.shown is None:
+        return command.function(**options)
+    output, overwrite = Path(options.pop("output")), options.pop("overwrite", False)
+    if output.exists() and not overwrite:  # before the work, and not after it
+        raise FileExistsError(f"--output: {output} exists; choose another name or add --overwrite")
+    content = command.function(**options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return pkgutil.resolve_name(f"medconstraints.{command.shown}")(content)
 
 
-def _taken_by_fire(name: str, function: Callable[..., Any], arguments: list[str]) -> Callable[[], Any] | None:
-    signature, taken = inspect.signature(function), dict[str, Any]()
+def _taken_by_fire(name: str, command: Command, arguments: list[str]) -> dict[str, Any] | None:
+    taken: dict[str, Any] = {}
 
     # Fire calls what it is given before it has looked at all options: this only takes them.
     def take(**options: Any) -> None:
         taken.update(options)
 
-    hints = {option: kind for option, kind in get_type_hints(function).items() if option != "return"}
-    functools.update_wrapper(take, function)
-    take.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
-    )
+    functools.update_wrapper(take, command.function)
+    take.__signature__ = command.signature  # type: ignore[attr-defined]
+    hints = {**get_type_hints(_to_file), **get_type_hints(command.function)}
     SetParseFns(**{option: functools.partial(_value, option, kind) for option, kind in hints.items()})(take)
     shown = io.StringIO()
     try:
@@ -128,41 +174,29 @@ def _taken_by_fire(name: str, function: Callable[..., Any], arguments: list[str]
         text = shown.getvalue().partition("\n\n")[2].partition("\n\nGROUPS")[0]
         sys.stdout.write(text.replace("GROUP | ", "").rstrip() + "\n")
         return None
-    return functools.partial(function, **taken)
+    return taken
 
 
 def _value(option: str, kind: Any, text: str) -> Any:
-    """The value of an option of the annotated kind.
-
-    Raises:
-        ValueError: the text is no such value.
-    """
+    """The value of an option of the annotated kind, or a ValueError."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if text == "None" and NoneType in kinds:
         return None
-    kind = next(choice for choice in kinds if choice is not NoneType)
-    inner = get_args(kind)[0] if get_args(kind) else None
-    value = text if kind is str or (inner is str and text[:1] not in "[{") else DefaultParseValue(text)
-    if get_origin(kind) is Mapping:
-        good, expected = isinstance(value, dict), "names and values such as '{\"organ\": [1]}'"
-    elif inner is not None:
-        allowed, what = KINDS[inner]
-        value = list(value) if isinstance(value, list | tuple) else [value]
-        good = all(isinstance(item, allowed) and (inner is bool or not isinstance(item, bool)) for item in value)
-        expected = f'{what}, or several as in "[..., ...]"'
-    else:
-        allowed, expected = KINDS[kind if kind in KINDS else str]
-        good = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-        good = good and not (kind is str and text in ("True", "False"))  # what Fire says for no value at all
-    if not good:
-        raise ValueError(f"--{option}: expected {expected}, got {text!r}")
-    return value
+    kind = str if str in kinds else next(choice for choice in kinds if choice is not NoneType)
+    several = get_origin(kind) is Sequence
+    kind = get_args(kind)[0] if several else get_origin(kind) or kind
+    value = text if kind is str and not (several and text[:1] == "[") else DefaultParseValue(text)
+    items = list(value) if several and isinstance(value, list | tuple) else [value]
+    allowed, expected = KINDS[kind]
+    good = all(isinstance(item, allowed) and (kind is bool or not isinstance(item, bool)) for item in items)
+    if not good or (kind is str and text in ("True", "False")):  # what Fire says for no value at all
+        raise ValueError(f"--{option}: expected {expected}{', or several in [...]' * several}, got {text!r}")
+    return items if several else value
 
 
-def _nearest(name: str, known: Mapping[str, Any], dashes: str) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
-    there_are = ", ".join(dashes + other for other in known)
-    return f"; did you mean {dashes}{near[0]}?" if near else f"; there are {there_are}"
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
 if __name__ == "__main__":

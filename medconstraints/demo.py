@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medconstraints.reports.evaluation import evaluate_predictions, format_summary, write_results
-from medconstraints.reports.montage import montage
-from medconstraints.reports.page import build_cases, write_report
+from medconstraints.reports.evaluation import evaluate_predictions, format_summary
+from medconstraints.reports.page import write_report
 from medconstraints.synthetic.phantoms import make_cohort
 
 __all__ = ["run_demo"]
@@ -68,25 +67,25 @@ def run_demo(
     infer = {"dataset_dir": str(datalist), "output_dir": str(masks), "ckpt_path": str(weights)}
     _run_bundle(bundle, "inference", {**SHAPE, **infer})
 
-    results = evaluate_predictions(datalist, "test", masks, structures={"organ": [1]})
-    write_results(results, output / "results.json")
-    cases = build_cases(datalist, "test", masks, results=results, slice_axis=SLICE_AXIS)
-    picture = montage(cases, output / "montage.png", axis=SLICE_AXIS, class_names={1: "organ"})
+    scored: dict[str, Any] = {"datalist": datalist, "section": "test", "predictions": masks}
+    results = evaluate_predictions(**scored, structures={"organ": [1]})
+    scores, page = output / "results.json", output / "report.html"
+    scores.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     minutes = (time.perf_counter() - started) / 60
-    page = write_report(
-        cases,
-        output / "report.html",
+    write_report(
+        **scored,
+        results=scores,
+        output=page,
+        picture=output / "montage.png",
+        boxes_axis=SLICE_AXIS,
         title="Segmentation learned from bounding boxes",
-        results=results,
         notes=[
             f"{num_training} synthetic training volumes, labelled by one box per slice and nothing else.",
             f"Trained for {epochs} epochs, seed {seed}; the whole demo took {minutes:.1f} minutes.",
         ],
-        montage_png=picture,
     )
-    _say(f"\n{format_summary(results)}\nDone in {minutes:.1f} minutes; the scores are in {output / 'results.json'},")
-    _say(f"the masks in {masks}, the weights in {weights}, TensorBoard's scalars in {output / 'run' / 'tensorboard'},")
-    _say(f"the picture in {picture}, and the report in")
+    _say(f"\n{format_summary(results)}\n\nDone in {minutes:.1f} minutes; scores, picture, masks, the run with its")
+    _say(f"weights and TensorBoard's scalars are in {output}, and the report is")
     return page
 
 

@@ -62,8 +62,8 @@ def test_list_and_help(run):
     ("arguments", "reason"),
     [
         ("demos", "no such command; did you mean demo?"),
-        ("discs --output_dirs x", "--output_dirs: names no option; did you mean --output_dir?"),
-        ("discs --output_dir x --sead 1", "--sead: names no option; did you mean --seed?"),
+        ("discs --output_dirs x", "--output_dirs: names no option; did you mean output_dir?"),
+        ("discs --output_dir x --sead 1", "--sead: names no option; did you mean seed?"),
         ("discs --output_dir x 7", "Could not consume arg: 7"),
         ("discs --output_dir x --seed 1 --seed 2", "--seed: is given 2 times"),
         ("discs --size 32", "--output_dir: is missing"),
@@ -75,6 +75,8 @@ def test_list_and_help(run):
         ("discs --output_dir x --overwrite false", "--overwrite: expected True or False, got 'false'"),
         ("discs --output_dir x --radius 90", "radius: expected None or from 1"),
         ("phantoms --output_dir x --shape [16,a,16]", "--shape: expected a whole number, or several"),
+        ("curves --runs [1] --output x", "--runs: expected names and values"),
+        ("curves --runs {} --output file", "--output: file exists; choose another name or add --overwrite"),
         ("phantoms --output_dir x --filling 0.95", "filling: expected None or from 0.12"),
         ("demo --output_dir x --bundle nowhere", "no configs/train.json in nowhere"),
         ("demo --output_dir . --bundle BUNDLE", "holds files already"),
@@ -139,7 +141,7 @@ def test_filling(run, segmented):
         ("--num_classes 3 --section test", "no entry of section 'test'"),
         ("--num_classes 3 --cases 0", "cases: expected at least 1"),
         ("--num_classes 2", "first.nii.gz: has values that are no class number"),
-        ("--num_classes 3 --quantiles 0.5", "--quantiles: expected two numbers"),
+        ("--num_classes 3 --quantiles 0.5", "quantiles: expected two numbers"),
     ):
         status, shown, error = run("fit_filling", "--datalist", segmented, *more.split())
         assert (status, shown) == (2, "") and reason in error, more
@@ -158,7 +160,7 @@ def test_curves(run, tmp_path):
 
 
 def test_tables_need_no_torch(tmp_path):
-    (tmp_path / "full.json").write_text(json.dumps({"summary": {"head": SUMMARY}, "cases": [{}]}))
+    (tmp_path / "full.json").write_text(json.dumps({"summary": {"head": SUMMARY}, "cases": [{}], "provenance": {}}))
     (tmp_path / "a.md").write_text("<!-- table:one -->\nold\n<!-- /table:one -->\n")
     line = ["tables", "--markdown", "a.md", "--name", "one", "--rows", '{"Full, w=3": "full.json"}']
     program = (
@@ -175,4 +177,4 @@ def test_tables_need_no_torch(tmp_path):
     assert call("--check") == (1, "a.md: table one would change\n")
     assert call() == (0, "a.md: table one updated\n")
     assert "| Full, w=3 | 1 | 0.500 | 2.00 |" in (tmp_path / "a.md").read_text()
-    assert call("--check") == (0, "a.md: table one up to date\n")
+    assert call("--check") == (0, "no problem found\n")

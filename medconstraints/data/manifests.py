@@ -20,7 +20,7 @@ from monai.data import partition_dataset
 from nibabel.filebasedimages import ImageFileError
 from PIL import Image
 
-__all__ = ["Case", "check_dataset", "file_problems", "find_cases", "load_manifest", "make_datalist"]
+__all__ = ["Case", "check_dataset", "file_problems", "find_cases", "load_manifest", "make_datalist", "numbers_of"]
 
 Geometry = tuple[tuple[int, ...], tuple[float, ...] | None]  # shape, spacing in mm
 
@@ -43,12 +43,16 @@ class Case(NamedTuple):
     files: list[list[Path]]
 
 
-def load_manifest(path: str | Path) -> dict[str, Any]:
+def load_manifest(path: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """Read a manifest and validate it against the schema that its `$schema` names, relative to the manifest.
+
+    One that was read before is returned as it is.
 
     Raises:
         ValueError: if the manifest breaks the schema; the message lists every place.
     """
+    if isinstance(path, Mapping):
+        return path
     path = Path(path)
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     schema = json.loads((path.parent / manifest.get("$schema", "schema.json")).read_text(encoding="utf-8"))
@@ -100,7 +104,7 @@ def file_problems(layout: Sequence[Mapping[str, Any]], case: Case) -> Iterator[s
             yield f"case {case.name}: {len(files)} files match {entry['pattern']}, one belongs there"
 
 
-def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels: bool = True) -> list[str]:
+def check_dataset(manifest: str | Path | Mapping[str, Any], root: str | Path, *, read_labels: bool = True) -> list[str]:
     """Compare the files below `root` with a manifest.
 
     Found are: missing files (an image without label, a label without image), several files where one belongs, wrong
@@ -108,7 +112,7 @@ def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels:
     spacing is not the image's, and images whose shape or spacing is outside the manifest's ranges.
 
     Args:
-        manifest: what `load_manifest` returns.
+        manifest: a file, or what `load_manifest` returns.
         root: the folder that the layout's patterns start from.
         read_labels: also read the voxels of every label; without it only names and headers are looked at.
 
@@ -118,7 +122,7 @@ def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels:
     Raises:
         FileNotFoundError: if `root` is not a folder.
     """
-    root = Path(root)
+    root, manifest = Path(root), load_manifest(manifest)
     layout, expected = manifest["layout"], manifest["checks"]
     problems, complete = [], []
     cases = find_cases(layout, root)
@@ -141,7 +145,7 @@ def check_dataset(manifest: Mapping[str, Any], root: str | Path, *, read_labels:
 
 
 def make_datalist(
-    manifest: Mapping[str, Any],
+    manifest: str | Path | Mapping[str, Any],
     root: str | Path,
     *,
     seed: int = 0,
@@ -151,7 +155,7 @@ def make_datalist(
     """Make a datalist of the cases below a folder; all cases of one patient fall into the same part.
 
     Args:
-        manifest: what `load_manifest` returns.
+        manifest: a file, or what `load_manifest` returns.
         root: the folder that the layout's patterns start from; paths in the datalist are relative to it.
         seed: of the shuffle of the patients.
         fractions: shares of the patients for training, validation and test; they sum to one.
@@ -166,6 +170,7 @@ def make_datalist(
         FileNotFoundError: if `root` is not a folder.
         ValueError: if cases are missing or incomplete, patients too few, or the arguments do not fit.
     """
+    manifest = load_manifest(manifest)
     name, layout = manifest["name"], manifest["layout"]
     if (fractions is None) == (split is None):
         raise ValueError("fractions, split: expected one of the two, got both or none.")
@@ -198,6 +203,11 @@ def make_datalist(
         **{f"num{part.capitalize()}": len(entries) for part, entries in lists.items()},
         **lists,
     }
+
+
+def numbers_of(datalist: Mapping[str, Any]) -> str:
+    """How many cases a datalist has in each part."""
+    return ", ".join(f"{len(datalist[part])} {part}" for part in PARTS)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

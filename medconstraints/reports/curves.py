@@ -7,30 +7,36 @@ from __future__ import annotations
 
 import csv
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_curves", "read_curves"]
+__all__ = ["draw_curves", "format_curves", "read_curves"]
 
 COLUMNS = ("satisfied", "stability", "val_mean_dice")
 
 
 def read_curves(
-    runs: Mapping[str, str | PathLike[str]], *, columns: Sequence[str] = COLUMNS, last: int = 10
+    runs: Mapping[str, str | PathLike[str]],
+    *,
+    columns: Sequence[str] = COLUMNS,
+    last: int = 10,
+    picture: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """What the CSV files of `ConstraintMetricsHandler` say of several runs, as JSON can hold it.
 
     Args:
         runs: name of a run -> its CSV file.
         columns: columns to keep; one that a file does not have is left out.
+        picture: PNG file to draw them into, see `draw_curves`.
         last: epochs whose mean and standard deviation are the summary (the thesis, table 3.1, takes 10).
 
     Returns:
         `runs`: for each run `epochs`, and for each column its values, None in an empty cell; `summary`: for each run
         and column the mean and the sample standard deviation of the last epochs, `<column>_mean` and `<column>_sd`,
-        and `n`, the number of epochs they are taken over.
+        and `n`, the number of epochs they are taken over; `date`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -57,7 +63,19 @@ def read_curves(
             end = [value for value in values[column][-last:] if value is not None]
             summary[name][f"{column}_mean"] = statistics.fmean(end) if end else None
             summary[name][f"{column}_sd"] = statistics.stdev(end) if len(end) > 1 else None
-    return {"runs": curves, "summary": summary}
+    content = {"runs": curves, "summary": summary, "date": time.strftime("%Y-%m-%d")}
+    if picture is not None:
+        draw_curves(content, picture)
+    return content
+
+
+def format_curves(curves: Mapping[str, Any]) -> str:
+    """The summary of `read_curves`, a line for each run."""
+    rounded = {
+        name: {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
+        for name, row in curves["summary"].items()
+    }
+    return "\n".join(f"{name}: {row}" for name, row in rounded.items())
 
 
 def draw_curves(curves: Mapping[str, Any], path: str | PathLike[str]) -> Path:

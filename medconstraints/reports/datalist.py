@@ -77,7 +77,7 @@ def find_predictions(
     """
     folder = Path(predictions_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(f"predictions_dir: no folder {folder}.")
+        raise FileNotFoundError(f"predictions: no folder {folder}.")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.name.endswith(NIFTI_ENDINGS) and path.is_file():
@@ -88,13 +88,13 @@ def find_predictions(
         if len(matches) > 1:
             names = [str(match.relative_to(folder)) for match in matches]
             raise ValueError(
-                f"predictions_dir: {len(matches)} files below {folder} fit {entry.name}, {names}; keep one run each."
+                f"predictions: {len(matches)} files below {folder} fit {entry.name}, {names}; keep one run each."
             )
         predictions[entry.name] = matches[0] if matches else None
     if predictions and not any(predictions.values()):
         some = [str(path.relative_to(folder)) for paths in list(found.values())[:3] for path in paths]
         raise FileNotFoundError(
-            f"predictions_dir: nothing below {folder} is named like {next(iter(predictions))}{suffix}.nii.gz; "
+            f"predictions: nothing below {folder} is named like {next(iter(predictions))}{suffix}.nii.gz; "
             f"it holds {some or 'no NIfTI files'}. Check the folder and the suffix ({suffix!r})."
         )
     return predictions

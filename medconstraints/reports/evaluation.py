@@ -5,7 +5,6 @@ The command is `evaluation`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -23,15 +22,15 @@ import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
 
+from medconstraints.data.run_settings import read_settings
 from medconstraints.reports.datalist import find_predictions, read_section
 from medconstraints.reports.volumes import Volume, read_labels, require_same_grid
 from medconstraints.version import __version__
 
-__all__ = ["dice", "evaluate_predictions", "format_summary", "hd95_mm", "write_results"]
+__all__ = ["dice", "evaluate_predictions", "format_summary", "hd95_mm"]
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "settings.json"  # what a run writes beside its masks
 _RESERVED = ("name", "image", "reason")
 # A path from the root, at the start of an argument or after a character that can precede one.
 _ABSOLUTE_PATH = re.compile(r"""(?<![^\s='"(\[,])(?:[A-Za-z]:[\\/]|/)[^\s='"()\[\],]*""")
@@ -87,7 +86,7 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[
 def evaluate_predictions(
     datalist: str | os.PathLike[str],
     section: str,
-    predictions_dir: str | os.PathLike[str],
+    predictions: str | os.PathLike[str],
     *,
     structures: Mapping[str, Sequence[int]],
     base_dir: str | os.PathLike[str] | None = None,
@@ -95,7 +94,7 @@ def evaluate_predictions(
 ) -> dict[str, Any]:
     """Score the saved prediction of every volume in one section of a data list.
 
-    The prediction of image `a/b/case_001.nii.gz` is `case_001{suffix}.nii.gz` anywhere below `predictions_dir`. It must
+    The prediction of image `a/b/case_001.nii.gz` is `case_001{suffix}.nii.gz` anywhere below `predictions`. It must
     lie on its reference's grid; nothing is resampled. Both masks empty: Dice 1; one empty: Dice 0; in either case HD95
     does not exist: None in the case, counted in `hd95_undefined`, left out of the mean. HD95 is the larger of the two
     directed 95th percentiles, in mm, see `hd95_mm`.
@@ -103,7 +102,7 @@ def evaluate_predictions(
     Args:
         datalist: JSON file of the Medical Segmentation Decathlon's style.
         section: the key whose `{"image", "label"}` entries are scored.
-        predictions_dir: folder with the saved masks.
+        predictions: folder with the saved masks.
         structures: name -> label values that are united, e.g. `{"hippocampus": [1, 2]}`.
         base_dir: folder that the list's paths start from; default the list's own.
         suffix: what was appended to the image's name.
@@ -124,12 +123,12 @@ def evaluate_predictions(
     start = time.perf_counter()
     checked = _check_structures(structures)
     entries = read_section(datalist, section, base_dir=base_dir)
-    predictions = find_predictions(entries, predictions_dir, suffix=suffix)
+    masks = find_predictions(entries, predictions, suffix=suffix)
     cases: list[dict[str, Any]] = []
     for entry in entries:
         row: dict[str, Any] = {"name": entry.name, "image": entry.listed}
         cases.append(row)
-        path = predictions[entry.name]
+        path = masks[entry.name]
         if path is None:
             row["reason"] = f"no prediction {entry.name}{suffix}.nii.gz"
             logger.warning("%s: %s; it is not in the means.", entry.name, row["reason"])
@@ -142,13 +141,13 @@ def evaluate_predictions(
     for name, rows in scores.items():
         if all(score["volume_ml_reference"] == 0 for score in rows):
             logger.warning("%s: no reference has label values %s; check `structures`.", name, checked[name])
-    settings = Path(predictions_dir) / SETTINGS_FILE
+    settings = read_settings(Path(predictions))
     return {
         "cases": cases,
         "summary": {name: _summarise(rows) for name, rows in scores.items()},
         "missing": [row["name"] for row in cases if "reason" in row],
         "structures": checked,
-        "settings": _shareable(json.loads(settings.read_text(encoding="utf-8"))) if settings.is_file() else None,
+        "settings": _shareable(settings),
         "provenance": {
             "command": _shareable([Path(sys.executable).name, *sys.orig_argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -171,21 +170,7 @@ def format_summary(results: Mapping[str, Any]) -> str:
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     lines += [f"{case['name']}: {case['reason']}" for case in results["cases"] if "reason" in case]
-    return "\n".join(lines) + "\n"
-
-
-def write_results(results: Mapping[str, Any], output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write `results` as JSON and return the path.
-
-    Raises:
-        FileExistsError: when the file exists and `overwrite` is False.
-    """
-    path = Path(output)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"output: {path} exists; choose another name, or set overwrite.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    return "\n".join(lines)
 
 
 def _check_structures(structures: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

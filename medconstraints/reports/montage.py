@@ -189,7 +189,7 @@ def _figure(rows: Sequence[_Row], class_names: Mapping[int, str]) -> Figure:
     heights = [_PANEL_INCHES * min(max(shape, 0.3), 1.6) + _TEXT_INCHES for shape in shapes]
     size = len(COLUMNS) * _PANEL_INCHES, sum(heights) + _TEXT_INCHES
     figure = Figure(figsize=size, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.08))
-    parts = np.atleast_1d(figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, _TEXT_INCHES]))
+    parts: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, _TEXT_INCHES])
     for part, row in zip(parts, rows, strict=False):
         _draw_row(part, row)
     if numbers := sorted(set().union(*(row.classes for row in rows))):

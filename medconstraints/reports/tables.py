@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "read_results", "replace_table", "results_table", "update_markdown"]
+__all__ = ["markdown_table", "read_results", "replace_table", "results_table", "update_markdown", "update_table"]
 
 DASH = "–"  # noqa: RUF001
 
@@ -31,7 +31,7 @@ def read_results(path: str | PathLike[str]) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"results: {file} is not valid JSON ({error}).") from error
-    absent = [key for key in ("cases", "summary") if not isinstance(results, dict) or key not in results]
+    absent = [key for key in ("cases", "summary", "provenance") if not isinstance(results, dict) or key not in results]
     if absent:
         raise ValueError(f"results: {file} lacks {absent}; expected a file of `python -m medconstraints evaluation`.")
     return dict(results)
@@ -93,6 +93,21 @@ def replace_table(markdown: str, name: str, text: str) -> str:
         )
     head, tail = markdown.split(opening)[0], markdown.split(closing)[1]
     return f"{head}{opening}\n\n{text.strip()}\n\n{closing}{tail}"
+
+
+def update_table(*, markdown: str, name: str, rows: Mapping[str, str], check: bool = False) -> str | list[str]:
+    """Put a table of results between the comments `table:NAME` and `/table:NAME` of a Markdown file.
+
+    Args:
+        markdown: the file.
+        name: NAME of the markers.
+        rows: labels of the rows and JSON files of the command evaluation, such as '{"Full labels": "full.json"}'.
+        check: write nothing, and return it as a problem if the file would change.
+    """
+    changed = update_markdown(markdown, name, results_table(rows), check=check)
+    if check:
+        return [f"{markdown}: table {name} would change"] * changed
+    return f"{markdown}: table {name} {'updated' if changed else 'up to date'}"
 
 
 def update_markdown(path: str | PathLike[str], name: str, text: str, *, check: bool = False) -> bool:

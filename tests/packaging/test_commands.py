@@ -12,7 +12,6 @@ import inspect
 import io
 import json
 import os
-import pkgutil
 import pydoc
 import re
 import runpy
@@ -304,8 +303,7 @@ def test_options_in_the_text_are_settings_and_spelled_right(page):
 
 def package_options():
     """Names of the options of the package's commands."""
-    functions = [pkgutil.resolve_name(where) for where, _ in COMMANDS.values()]
-    return {name for function in functions for name in inspect.signature(function).parameters}
+    return {name for command in COMMANDS.values() for name in command.signature.parameters}
 
 
 def settings_table(page):

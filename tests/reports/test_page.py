@@ -9,8 +9,8 @@ import pytest
 
 from medconstraints.__main__ import main
 from medconstraints.reports import evaluation
-from medconstraints.reports.montage import ReportCase
-from medconstraints.reports.page import build_cases, write_report
+from medconstraints.reports.datalist import find_predictions, read_section
+from medconstraints.reports.page import choose_cases, render_page
 
 VOID = {"meta", "img", "col", "br", "link", "input"}
 HOSTILE = "<script>alert('x')</script> & \"co\""
@@ -54,10 +54,8 @@ def columns_of(rows):
     return [sum(int(attributes.get("colspan", 1)) for attributes in row) for row in rows]
 
 
-def test_page_of_results(results, tmp_path):
-    (tmp_path / "m.png").write_bytes(b"\x89PNG...")
-    path = write_report([], tmp_path / "new" / "r.html", title="T", results=results, montage_png=tmp_path / "m.png")
-    text = path.read_text()
+def test_page_of_results(results):
+    text = render_page(results, title="T", picture_png=b"\x89PNG...")
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert page.all("html") == [{"lang": "en"}]
@@ -66,87 +64,56 @@ def test_page_of_results(results, tmp_path):
     assert image["alt"]
     assert all(attributes.get("scope") in ("col", "colgroup", "row") for attributes in page.all("th"))
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
-    assert "http:" not in text
-    assert "https:" not in text
-    body = page.text("td")
-    assert "0.800" in body
-    assert "1.60" in body
-    assert "undefined" in body
-    assert "0.400 (0.566)" in body
-    assert "1.60, 1 undefined" in body
-    assert "no prediction case_002_seg.nii.gz" in body
+    assert "http:" not in text and "https:" not in text
+    cells = {"0.800", "1.60", "undefined", "0.400 (0.566)", "1.60, 1 undefined", "no prediction case_002_seg.nii.gz"}
+    assert cells <= {*page.text("td")}
     assert any(caption.startswith("2 of 3 volumes scored") for caption in page.text("caption"))
-    assert str(tmp_path) not in text
-
-
-def test_rows_span_equal_columns(results, tmp_path):
-    text = write_report([], tmp_path / "r.html", title="T", results=results).read_text()
-    for part in ("tbody", "tfoot"):
+    assert "Settings" not in text
+    for part in ("tbody", "tfoot"):  # rows span equal columns
         rows = text.split(f"<{part}>")[1].split(f"</{part}>")[0].split("<tr>")[1:]
         cells = [Page("<tr>" + row.strip()) for row in rows]
         assert columns_of([[a for tag, a in row.tags if tag in ("td", "th")] for row in cells]) == [9] * len(rows)
 
 
-def test_everything_is_escaped(results, tmp_path):
+def test_everything_is_escaped(results):
     hostile = json.loads(json.dumps(results).replace("case_00", "&lt;<i>case_00").replace('"head"', '"<b>head"'))
     hostile["provenance"]["command"] = ["python", HOSTILE]
     hostile["settings"] = {"settings": {"name": HOSTILE}}
-    text = write_report([], tmp_path / "r.html", title=HOSTILE, results=hostile, notes=[HOSTILE]).read_text()
-    page = Page(text)
+    page = Page(render_page(hostile, title=HOSTILE, notes=[HOSTILE]))
     assert not {"script", "i", "b"} & {tag for tag, _ in page.tags}
     assert page.text("h1") == page.text("title") == page.text("li") == [HOSTILE]
     assert "&lt;<i>case_000" in page.text("th")
+    assert "alert" in page.text("pre")[0]
 
 
-def test_cases_without_results(tmp_path):
-    cases = [
-        ReportCase("a", tmp_path, dice={"x": 0.51234}),
-        ReportCase("b", tmp_path, dice={"y": 1.0}),
-        ReportCase("c", tmp_path),
-    ]
-    page = Page(write_report(cases, tmp_path / "r.html", title="T").read_text())
-    assert page.text("td") == ["0.512", "-", "-", "1.000", "-", "-"]
-    Page(write_report(cases[2:], tmp_path / "c.html", title="T").read_text())
+def cases_of(results, datalist="data/list.json", predictions="out", **options):
+    entries = read_section(datalist, "test")
+    return choose_cases(entries, find_predictions(entries, predictions), results, **options)
 
 
-def test_write_report_rejects(tmp_path):
-    path = tmp_path / "r.html"
-    with pytest.raises(ValueError, match="neither"):
-        write_report([], path, title="T")
-    with pytest.raises(FileNotFoundError, match="montage_png: no file"):
-        write_report([ReportCase("a", tmp_path)], path, title="T", montage_png=tmp_path / "absent.png")
-    assert not path.exists()
-    path.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"r\.html exists"):
-        write_report([ReportCase("a", tmp_path)], path, title="T")
-    assert path.read_text() == "mine"
-    write_report([ReportCase("a", tmp_path)], path, title="T", overwrite=True)
-
-
-def test_cases_span_the_scores(study, results):
-    def names(**options):
-        return [case.name for case in build_cases("data/list.json", "test", "out", results=results, **options)]
-
-    assert names() == ["case_002", "case_001", "case_000"]  # missing, then 0.5, then best
-    assert names(max_cases=2) == ["case_002", "case_000"]
+def test_cases_span_the_scores(results):
+    assert [case.name for case in cases_of(results)] == ["case_002", "case_001", "case_000"]  # missing, 0.5, best
+    assert [case.name for case in cases_of(results, max_cases=2)] == ["case_002", "case_000"]
     with pytest.raises(ValueError, match=r"no row for \['case_002'\]"):
-        build_cases("data/list.json", "test", "out", results={**results, "cases": results["cases"][:2]})
+        cases_of({**results, "cases": results["cases"][:2]})
 
 
 def test_command(study, results, capsys):
-    evaluation.write_results(results, "r.json")
+    (study / "r.json").write_text(json.dumps(results))
     command = ["report", "--datalist", "data/list.json", "--section", "test", "--predictions", "out"]
-    command += ["--results", "r.json", "--output", "o/r.html", "--montage", "o/m.png"]
+    command += ["--results", "r.json", "--output", "o/r.html", "--picture", "o/m.png"]
     assert main([*command, "--boxes-axis", "2", "--notes", "Boxes of every slice, and more."]) == 0
     assert capsys.readouterr().out.split() == ["o/m.png", "o/r.html"]
     page = Page((study / "o" / "r.html").read_text())
-    assert page.text("h1") == ["list, test"]
+    assert page.text("h1") == ["list, test"] and page.all("img")
     assert page.text("li")[0] == "Boxes of every slice, and more."
+    before = (study / "o" / "r.html").read_bytes()
     assert main(command) == 2
-    assert "exists" in capsys.readouterr().err
+    assert "--output: o/r.html exists" in capsys.readouterr().err
     (study / "r.json").write_text("{}")
     assert main([*command, "--overwrite"]) == 2
-    assert "lacks ['cases', 'summary']" in capsys.readouterr().err
+    assert "lacks ['cases', 'summary', 'provenance']" in capsys.readouterr().err
+    assert (study / "o" / "r.html").read_bytes() == before
 
 
 @pytest.mark.parametrize("codes", ["RAS", "PSR", "LPS"])
@@ -162,7 +129,7 @@ def test_boxes_of_slices_lie_across_an_axis_of_ras(tmp_path, codes):
     nib.save(nib.Nifti1Image(label, np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "image_seg.nii.gz")
     (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "image.nii.gz", "label": "label.nii.gz"}]}))
     results = {"cases": [{"name": "image"}], "summary": {}}
-    (case,) = build_cases(tmp_path / "list.json", "test", tmp_path, results=results, slice_axis=2)
+    (case,) = cases_of(results, tmp_path / "list.json", tmp_path, slice_axis=2)
     boxes = np.asarray(case.boxes)
     superior = next(axis for axis, code in enumerate(codes) if code in "SI")
     assert len(boxes) == 3 and ((boxes[:, 4:] - boxes[:, 1:4])[:, superior] == 1).all()

@@ -26,7 +26,7 @@ def runs(tmp_path):
         "empty": ({"head": summary(0.0, None, undefined=3)}, 3),
     }
     for name, (scores, total) in content.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"summary": scores, "cases": [{}] * total}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"summary": scores, "cases": [{}] * total, "provenance": {}}))
     return tmp_path
 
 
