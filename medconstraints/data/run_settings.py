@@ -176,7 +176,7 @@ def write_settings(folder: str | Path, weights: str | Path | None = None) -> Non
         "bundle": call.parser.config.get("_meta_", {}).get("name"),
         "config_files": [Path(file).name for file in call.files],
         "options": call.options,
-        "settings": {key: value for key, value in plain.items() if key not in NOT_SETTINGS and _is_plain(value)},
+        "settings": {key: value for key, value in plain.items() if key not in NOT_SETTINGS and _is_setting(value)},
     }
     if weights is not None and (found := read_settings(Path(weights).parent)):
         content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
@@ -294,6 +294,11 @@ def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:
             return value
         return found if _is_plain(found) else value
     return value
+
+
+def _is_setting(value: Any) -> bool:
+    """A plain value; of expressions only those that could be resolved are left."""
+    return _is_plain(value) and not (isinstance(value, str) and value.startswith(("$", "@", "%")))
 
 
 def _is_plain(value: Any) -> bool:
