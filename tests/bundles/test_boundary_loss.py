@@ -38,8 +38,6 @@ TRAIN = {
     "slice_axis": None,
     "convention": "boundary",
     "clip_mm": None,
-    "regional": "generalized_dice",
-    "distance": "boundary",
     "schedule": "rebalance",
     "alpha": 0.25,
     "alpha_increment": 0.5,
@@ -47,6 +45,7 @@ TRAIN = {
     "boundary_background": False,
     "seed": 3,
 }
+CONFIGS = ["train", "comparators"]
 EVALUATE = {key: value for key, value in TRAIN.items() if key not in ("epochs", "val_interval")}
 INFER = {key: TRAIN[key] for key in ("device", "num_classes", "patch_size", "spacing_mm", "network_def")}
 REGIONAL = {
@@ -109,7 +108,7 @@ def trained(bundle, run_bundle, dataset_dir, tmp_path_factory):
                         lambda _, given, part=part: seen[-1].update({part: (given[1], loss.weights[part])})
                     )
 
-            run_bundle(bundle, before_run=look, dataset_dir=dataset_dir, output_dir=output, **TRAIN | options)
+            run_bundle(bundle, CONFIGS, before_run=look, dataset_dir=dataset_dir, output_dir=output, **TRAIN | options)
             runs[name] = output, found[0], seen
         return runs[name]
 
@@ -121,7 +120,7 @@ def state_of(folder):
 
 
 def vector_of(folder):
-    return torch.cat([value.flatten().float() for value in state_of(folder)["network"].values()])
+    return torch.cat([value.flatten().float() for value in state_of(folder)["objects"]["network"].values()])
 
 
 def scalars(folder):
@@ -139,7 +138,7 @@ def plain(tensor):
 
 def test_every_choice_of_the_config_is_tested(bundle, parsed, dataset_dir):
     for name, known in (("regional_losses", REGIONAL), ("distance_losses", DISTANCE)):
-        found = parsed(bundle, "train", name, dataset_dir=dataset_dir)
+        found = parsed(bundle, CONFIGS, name, dataset_dir=dataset_dir)
         assert {key: type(loss) for key, loss in found.items()} == known
 
 
@@ -220,7 +219,7 @@ def test_choices_end_with_different_weights(trained):
 )
 def test_wrong_values_are_named(bundle, run_bundle, dataset_dir, tmp_path, messages, change, words):
     with pytest.raises(RuntimeError, match="Failed to") as caught:
-        run_bundle(bundle, **TRAIN | {"dataset_dir": dataset_dir, "output_dir": tmp_path} | change)
+        run_bundle(bundle, CONFIGS, **TRAIN | {"dataset_dir": dataset_dir, "output_dir": tmp_path} | change)
     assert not (tmp_path / "last.pt").exists()
     assert re.search(words, messages(caught.value)), messages(caught.value)
 
@@ -247,7 +246,7 @@ def labels_of(dataset_dir):
 )
 def test_maps_are_those_of_the_whole_volume(bundle, parsed, dataset_dir, options):
     """Without augmentation: 3D or 2D, of all classes, in the spacing of the oblique, flipped and permuted files."""
-    change = TRAIN | {"train#random_transforms": []} | options
+    change = TRAIN | {"train#preprocessing#patches": [], "train#preprocessing#intensities": []} | options
     dataset = parsed(bundle, "train", "train#dataset", dataset_dir=dataset_dir, **change)
     assert len(dataset) == 4
     for item, (label, spacing) in zip(dataset, labels_of(dataset_dir), strict=True):
@@ -317,7 +316,7 @@ def test_settings_of_the_boundary_loss(bundle, parsed, dataset_dir):
 
 def test_alpha_reaches_1_in_the_last_epoch(bundle, parsed, dataset_dir):
     options = TRAIN | {"alpha_increment": None, "alpha": 0.01, "epochs": 40}
-    schedule = parsed(bundle, "train", "alpha_schedule", dataset_dir=dataset_dir, **options)
+    schedule = parsed(bundle, "train", "train#monitors", dataset_dir=dataset_dir, **options)["weights"].schedule
     assert schedule(0) == {"regional": 0.99, "boundary": 0.01}
     assert schedule(39)["boundary"] == pytest.approx(1.0)
     assert schedule(38)["boundary"] < 1
@@ -336,7 +335,7 @@ def test_a_killed_run_goes_on_exactly(bundle, run_bundle, dataset_dir, cut_off, 
     again = run_bundle(bundle, output_dir=tmp_path / "cut", **options)
     assert again.trainer.state.epoch == 3
     one, two = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
-    assert all(torch.equal(value, two["network"][key]) for key, value in one["network"].items())
+    assert all(torch.equal(value, two["objects"]["network"][key]) for key, value in one["objects"]["network"].items())
     assert one["evaluator"] == two["evaluator"]
     whole = scalars(tmp_path / "whole")
     assert whole["train_weight_boundary"] == pytest.approx([0.25, 0.625, 1.0])
@@ -369,7 +368,7 @@ def test_another_method_does_not_take_the_run_over(trained, bundle, run_bundle, 
     before = (output / "last.pt").read_bytes()
     options = TRAIN | {"dataset_dir": dataset_dir, "output_dir": output, "epochs": 3} | change
     with pytest.raises(RuntimeError, match="Failed to") as caught:
-        run_bundle(bundle, **options)
+        run_bundle(bundle, CONFIGS, **options)
     assert "last.pt: belongs to a run with other settings: " in messages(caught.value)
     assert (output / "last.pt").read_bytes() == before
 

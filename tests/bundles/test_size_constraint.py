@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from fire.parser import DefaultParseValue
 
 from medconstraints.commands import fit_common_bounds
 from medconstraints.losses import ConstraintLoss, ProposalLoss
@@ -37,7 +36,7 @@ TRAIN = {
     "num_workers": 0,
     "weak_source": "points",
     "radius_voxels": 2,
-    "background_points": False,
+    "train#preprocessing#weak_labels#background": False,
     "fully_labelled": 0,
     "level": "individual",
     "size_source": "label",
@@ -54,7 +53,7 @@ ACDC = TRAIN | {
     "network_def": NETWORK | {"spatial_dims": 2},
     "batch_size": 16,
     "weak_source": "erosion",
-    "kernel_voxels": 3,
+    "train#preprocessing#weak_labels#kernel_voxels": 3,
 }
 FREE = [-np.inf, np.inf]
 
@@ -118,14 +117,15 @@ def weak_labels(dataset):
 
 @pytest.fixture(scope="module")
 def train(bundle, run_bundle, tmp_path_factory):
-    """Run a training; returns its output folder and what `size_loss` got: (logits' shape, target) of each batch."""
+    """Run a training; returns its output folder and (loss, logits, target) of each batch of the sizes."""
 
     def run(datalist, configs="train", output=None, before_run=None, base=TRAIN, **overrides):
         output = output or tmp_path_factory.mktemp("run")
         got = []
 
         def look(workflow):
-            loss = workflow.parser.get_parsed_content("size_loss")
+            losses = workflow.parser.get_parsed_content("loss").losses
+            loss = losses["proposals" if "proposals" in losses else "size"]
             loss.register_forward_pre_hook(lambda module, given: got.append((module, *given)))
             if before_run is not None:
                 before_run(workflow)
@@ -185,7 +185,7 @@ def at_level(train, some_absent, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("level", ["none", "tags", "common", "individual", "volume"])
+@pytest.mark.parametrize("level", ["none", "tags", "common", "individual"])
 def test_bounds_that_reach_the_loss(at_level, some_absent, read_table, level):
     output, got = at_level(level)
     sizes = sizes_of(some_absent)
@@ -197,14 +197,17 @@ def test_bounds_that_reach_the_loss(at_level, some_absent, read_table, level):
         np.testing.assert_allclose(rows, expected[index], rtol=1e-5)
     [row] = read_table(output / "constraints.csv")
     assert row["epoch"] == "1"
-    assert (row["satisfied"] == "") == (level == "none"), row
+    assert (row["train_satisfied"] == "") == (level == "none"), row
     assert {"last.pt", "model.pt"} <= {path.name for path in output.iterdir()}
 
 
 def test_the_size_moves_the_weights(at_level):
     """The bounds are not only there: without them the same run ends with other weights."""
     one, two = (torch.load(at_level(level)[0] / "last.pt", weights_only=True) for level in ("none", "individual"))
-    assert any(not torch.equal(one["network"][name], two["network"][name]) for name in one["network"])
+    assert any(
+        not torch.equal(one["objects"]["network"][name], two["objects"]["network"][name])
+        for name in one["objects"]["network"]
+    )
 
 
 def test_a_run_of_another_level_is_not_taken_over(at_level, train, some_absent, messages):
@@ -219,7 +222,7 @@ def test_a_run_of_another_level_is_not_taken_over(at_level, train, some_absent, 
 
 @pytest.mark.parametrize(
     ("configs", "other"),
-    [(["train", "proposals"], {}), (["train", "acdc"], {"kernel_voxels": 5})],
+    [(["train", "proposals"], {}), (["train", "acdc"], {"train#preprocessing#weak_labels#kernel_voxels": 6})],
     ids=["proposals", "kernel_voxels"],
 )
 def test_a_run_of_another_method_is_not_taken_over(train, some_absent, three_organs, tmp_path, configs, other):
@@ -285,7 +288,12 @@ def read_scribbles(datalist):
 @pytest.mark.parametrize("source", ["points", "erosion", "label", "scribble"])
 def test_what_is_annotated(bundle, parsed, scribbled, source, background):
     """Without augmentation, so that the weak label lies on the label."""
-    options = TRAIN | {"weak_source": source, "background_points": background, "train#random_transforms": []}
+    options = TRAIN | {
+        "weak_source": source,
+        "train#preprocessing#weak_labels#background": background,
+        "train#preprocessing#patches": [],
+        "train#preprocessing#intensities": [],
+    }
     found = weak_labels(parsed(bundle, "train", "train#dataset", dataset_dir=scribbled.parent, **options))
     scribbles = read_scribbles(scribbled)
     for number, label in enumerate(labels_of(scribbled)):
@@ -308,7 +316,7 @@ def test_what_is_annotated(bundle, parsed, scribbled, source, background):
 
 
 def test_scribbles_of_other_classes_are_named(bundle, parsed, scribbled, messages):
-    options = TRAIN | {"weak_source": "scribble", "num_classes": 2, "read_volumes#num_classes": 3}
+    options = TRAIN | {"weak_source": "scribble", "num_classes": 2, "reading#num_classes": 3}
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         parsed(bundle, "train", "train#dataset", dataset_dir=scribbled.parent, **options)
     expected = r"phantom_\d+\.nii\.gz: has values that are neither a class number 0 to 1 nor unlabelled=4: .*2"
@@ -324,7 +332,7 @@ def test_some_patients_labelled_in_full(train, bundle, parsed, scribbled, weak_s
         bounds = bounds_by_index(got)
         assert all(np.array_equal(bounds[index], [FREE] * 3) for index in (0, 1, 2))
         np.testing.assert_allclose(bounds[3], expected_bounds("individual", sizes_of(scribbled))[3], rtol=1e-5)
-    whole = TRAIN | options | {"train#random_transforms": []}
+    whole = TRAIN | options | {"train#preprocessing#patches": [], "train#preprocessing#intensities": []}
     found = weak_labels(parsed(bundle, "train", "train#dataset", dataset_dir=scribbled.parent, **whole))
     for number, label in enumerate(labels_of(scribbled)):
         assert np.array_equal(found[number], label) == (number < 3)
@@ -335,8 +343,8 @@ def test_some_patients_labelled_in_full(train, bundle, parsed, scribbled, weak_s
     [
         ({"weak_source": "label"}, VOXELS),
         ({"fully_labelled": 3}, VOXELS),
-        ({"background_points": True}, None),
-        ({"weak_source": "scribble", "background_points": True}, None),
+        ({"train#preprocessing#weak_labels#background": True}, None),
+        ({"weak_source": "scribble", "train#preprocessing#weak_labels#background": True}, None),
     ],
     ids=["label", "hybrid", "points", "scribble"],
 )
@@ -385,16 +393,7 @@ def test_a_crop_has_no_lower_bound_in_millilitres(bundle, parsed, some_absent, c
     options |= {"whole_image": whole_image, "dataset_dir": datalist.parent}
     for item in parsed(bundle, "train", "train#dataset", **options):
         expected = [300 if whole_image else -np.inf, 500]
-        np.testing.assert_allclose(plain(item["size_bounds"])[:, 0], [FREE, expected, FREE], rtol=1e-4)
-
-
-def test_false_on_the_command_line(bundle, parsed, some_absent, copy_cohort, tmp_path):
-    """`--whole_image false`, as the README has it, parsed as `python -m monai.bundle run` does."""
-    datalist = copy_cohort(some_absent, tmp_path / "cohort", without_labels)
-    options = TRAIN | {"weak_source": "scribble", "size_source": "items", "dataset_dir": datalist.parent}
-    options |= {"whole_image": DefaultParseValue("false")}
-    for item in parsed(bundle, "train", "train#dataset", **options):
-        assert plain(item["size_bounds"])[1, 0, 0] == -np.inf
+        np.testing.assert_allclose(plain(item["bounds"])[:, 0], [FREE, expected, FREE], rtol=1e-4)
 
 
 def test_volumes_in_millilitres(train, three_organs, copy_cohort, tmp_path):
@@ -471,12 +470,15 @@ def test_the_table_of_a_resumed_run(train, three_organs, some_absent, cut_off, m
     one, two = (read_table(tmp_path / name / "constraints.csv") for name in ("whole", "cut"))
     assert [row["epoch"] for row in one] == ["1", "2", "3"]
     assert one == two
-    assert one[0]["stability"] == "" != one[1]["stability"]
-    assert len({row["violation"] for row in one}) == 3
+    assert one[0]["train_stability"] == "" != one[1]["train_stability"]
+    assert len({row["train_violation"] for row in one}) == 3
     orders = {tuple(int(target["index"][0]) for _, _, target in got[i * last : (i + 1) * last]) for i in range(3)}
     assert len(orders) > 1  # not one order of the volumes in all epochs
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut")]
-    assert all(torch.equal(value, states[1]["network"][key]) for key, value in states[0]["network"].items())
+    assert all(
+        torch.equal(value, states[1]["objects"]["network"][key])
+        for key, value in states[0]["objects"]["network"].items()
+    )
 
 
 # Overlays
@@ -538,7 +540,7 @@ def test_scribbles_of_one_organ(bundle, parsed, three_organs, copy_cohort, tmp_p
     datalist = copy_cohort(three_organs, tmp_path / "cohort", with_scribbles)
     options = ACDC | {"weak_source": "scribble", "level": "none", "spacing_mm": [-1, -1, -1], "patch_size": [24, 24]}
     for background in (False, True):
-        options |= {"background_points": background, "dataset_dir": datalist.parent}
+        options |= {"train#preprocessing#weak_labels#background": background, "dataset_dir": datalist.parent}
         dataset = parsed(bundle, ["train", "acdc"], "train#dataset", **options)
         weak = torch.stack([dataset[i]["weak_label"] for i in range(len(dataset))]).numpy()
         strokes_on = [np.bincount(scribble.ravel(), minlength=5) for scribble in read_scribbles(datalist)]
@@ -553,7 +555,7 @@ def test_scribbles_of_one_organ(bundle, parsed, three_organs, copy_cohort, tmp_p
 def test_what_padding_adds_to_slices_is_not_annotated(bundle, parsed, three_organs, copy_cohort, tmp_path, source):
     datalist = copy_cohort(three_organs, tmp_path / "cohort", with_scribbles)
     options = ACDC | {"weak_source": source, "level": "none", "spacing_mm": [-1, -1, -1], "patch_size": [28, 28]}
-    options |= {"background_points": True, "dataset_dir": datalist.parent}
+    options |= {"train#preprocessing#weak_labels#background": True, "dataset_dir": datalist.parent}
     dataset = parsed(bundle, ["train", "acdc"], "train#dataset", **options)
     margin = np.ones((28, 28), bool)
     margin[2:26, 2:26] = False
@@ -570,7 +572,7 @@ def test_proposals(train, three_organs, some_absent, configs):
         three_organs if slices else some_absent, configs, base=ACDC if slices else TRAIN, epochs=2, level="individual"
     )
     assert all(isinstance(loss, ProposalLoss) for loss, _, _ in got)
-    assert all(set(target) == {"bounds", "weak_label"} for _, _, target in got)
+    assert all(set(target) >= {"bounds", "weak_label"} for _, _, target in got)
     assert all(bool(target["bounds"][:, 1:].isfinite().all()) for _, _, target in got)
     assert torch.load(output / "last.pt", weights_only=True)["trainer"]["epoch"] == 2
     assert not (output / "constraints.csv").exists()

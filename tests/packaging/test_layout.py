@@ -15,14 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for folder in ("medconstraints", "transforms") for p in (ROOT / folder).rglob("*.py"))
 MAX_BYTES = 5_000_000
 
-# What a package must not import. statistics <- formulations <- losses <- engines; transforms and losses share only the
-# targets; nothing at all imports a bundle.
+# What a package must not import: checks, statistics, distance, boxes, formulations <- losses <- handlers <- engines;
+# transforms and losses share only the targets; nothing at all imports a bundle.
+_ABOVE_LOSSES = ("handlers", "engines", "transforms", "reports")
 FORBIDDEN = {
-    "medconstraints.statistics": ("formulations", "losses", "engines", "transforms", "data", "reports"),
-    "medconstraints.distance": ("formulations", "losses", "engines", "transforms", "data", "reports"),
-    "medconstraints.formulations": ("losses", "engines"),
-    "medconstraints.losses": ("engines", "transforms"),
-    "medconstraints.transforms": ("losses", "engines"),
+    "medconstraints.checks": ("statistics", "distance", "boxes", "formulations", "losses", "data", *_ABOVE_LOSSES),
+    "medconstraints.statistics": ("formulations", "losses", "data", *_ABOVE_LOSSES),
+    "medconstraints.distance": ("formulations", "losses", "data", *_ABOVE_LOSSES),
+    "medconstraints.boxes": ("formulations", "losses", "data", *_ABOVE_LOSSES),
+    "medconstraints.formulations": ("losses", "data", *_ABOVE_LOSSES),
+    "medconstraints.losses": ("data", *_ABOVE_LOSSES),
+    "medconstraints.handlers": ("engines", "transforms", "reports"),
+    "medconstraints.transforms": ("losses", "handlers", "engines"),
 }
 
 
