@@ -135,13 +135,10 @@ class CombinedLoss(TargetLoss):
         host: set[str] = set()
         device: set[str] = set()
         for name, loss in self.losses.items():
+            may_lack, on_host = (loss.optional_keys, loss.host_keys) if isinstance(loss, TargetLoss) else ((), ())
             for entry, key in self.entries[name].items():
-                declared = isinstance(loss, TargetLoss)
-                if declared and entry in loss.optional_keys:
-                    optional[key] = None
-                else:
-                    required[key] = None
-                (host if declared and entry in loss.host_keys else device).add(key)
+                (optional if entry in may_lack else required)[key] = None
+                (host if entry in on_host else device).add(key)
         self.target_keys = tuple(required)
         self.optional_keys = tuple(key for key in optional if key not in required)
         self.host_keys = frozenset(host - device)
@@ -149,39 +146,42 @@ class CombinedLoss(TargetLoss):
 
     def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor | dict[str, Tensor]:
         loss, entries = self.losses[name], self.entries[name]
-        declared = isinstance(loss, TargetLoss)
+        may_lack: tuple[str, ...] = ()
+        alone: tuple[str, ...] = ("label",)
+        meta = False
+        if isinstance(loss, TargetLoss):
+            may_lack, meta, alone = loss.optional_keys, loss.reads_meta, loss.target_keys
         found = {}
         for entry, key in entries.items():
             if key in target:
-                found[entry] = _value(target[key], key, keep_meta=declared and loss.reads_meta)
-            elif not (declared and entry in loss.optional_keys):
+                found[entry] = _value(target[key], key, keep_meta=meta)
+            elif entry not in may_lack:
                 raise KeyError(
                     f"target: no entry {key!r} for the loss {name!r}, got {sorted(map(str, target))}; add the "
                     "transform that makes it, and let PrepareBatchTargets take its keys from this loss."
                 )
-        only = tuple(entries) == (loss.target_keys if declared else ("label",)) and len(entries) == 1
-        return next(iter(found.values())) if only else found
+        # A loss of one entry gets its tensor.
+        return next(iter(found.values())) if len(entries) == 1 and tuple(entries) == alone else found
 
 
 def _entries(name: str, loss: nn.Module, renamed: Mapping[str, str | None] | str) -> dict[str, str]:
     """Entry, as the loss calls it -> key in the target."""
-    declared = isinstance(loss, TargetLoss)
-    if isinstance(renamed, str):
-        renamed = {loss.target_keys[0] if isinstance(loss, TargetLoss) else "label": renamed}
-    if not isinstance(loss, TargetLoss):
-        own = () if renamed else ("label",)
-    else:
-        own = (*loss.target_keys, *loss.optional_keys)
-        unknown = sorted(set(renamed) - {*own, *loss.named_keys})
-        if unknown:
-            raise ValueError(
-                f"keys: {unknown} name no entry that the loss {name!r} reads; these are {[*own, *loss.named_keys]}."
-            )
-    left_out = {entry for entry, key in renamed.items() if key is None}
-    needed = sorted(left_out - set(loss.optional_keys if declared else ()))
-    if needed:
-        raise ValueError(f"keys: the loss {name!r} needs {needed}; only optional entries can be left out by None.")
-    entries = {entry: entry for entry in own} | dict(renamed)
+    needed: tuple[str, ...] = ("label",)
+    optional: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    if isinstance(loss, TargetLoss):
+        needed, optional, more = loss.target_keys, loss.optional_keys, loss.named_keys
+    given = {needed[0]: renamed} if isinstance(renamed, str) else {**renamed}
+    if not isinstance(loss, TargetLoss) and given:
+        needed = tuple(given)  # whatever is named
+    known = [*needed, *optional, *more]
+    unknown = sorted({*given} - {*known})
+    if unknown:
+        raise ValueError(f"keys: {unknown} name no entry that the loss {name!r} reads; these are {known}.")
+    missing = [entry for entry in needed if given.get(entry, entry) is None]
+    if missing:
+        raise ValueError(f"keys: the loss {name!r} needs {missing}; only optional entries can be left out by None.")
+    entries = {entry: given.get(entry, entry) for entry in (*needed, *optional, *given)}
     return {entry: key for entry, key in entries.items() if key is not None}
 
 

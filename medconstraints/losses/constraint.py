@@ -102,9 +102,8 @@ class ConstraintLoss(ConstrainedLoss):
         self.unit = units.tolist()
         self.normalization = normalization
         needed, self.named_keys = _arguments(statistic)
-        index = ("index",)
-        self.target_keys = ("bounds", *(index if formulation.needs_index else ()), *needed)
-        self.optional_keys = () if formulation.needs_index else index
+        self.target_keys = ("bounds", *(["index"] if formulation.needs_index else []), *needed)
+        self.optional_keys = () if formulation.needs_index else ("index",)
         self._looked = False
 
     def forward(
