@@ -62,13 +62,14 @@ class _DualVariables(Formulation):
         rows = self._table_rows(index, flat)
         if self.training:
             self._observe(flat.detach(), rows)
-        return self._cost(flat, self.multipliers[rows].to(flat)).view(residual.shape)
+        return self._cost(flat, self._multipliers_of(rows).to(flat)).view(residual.shape)
 
     def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Slope of the cost of each constraint, same shape, no gradient; it is not remembered."""
         with torch.no_grad():
             flat = self._flat(residual)
-            return self._slope(flat, self.multipliers[self._table_rows(index, flat)].to(flat)).view(residual.shape)
+            multipliers = self._multipliers_of(self._table_rows(index, flat))
+            return self._slope(flat, multipliers.to(flat)).view(residual.shape)
 
     def step(self) -> None:
         """Dual step; see the class. It forgets the residuals."""
@@ -103,10 +104,13 @@ class _DualVariables(Formulation):
             self.multipliers = self.multipliers.to(flat.device)
         return flat
 
-    def _table_rows(self, index: Tensor | None, flat: Tensor) -> Tensor:
-        """Row of the table of each sample."""
+    def _multipliers_of(self, rows: Tensor | None) -> Tensor:
+        return self.multipliers if rows is None else self.multipliers[rows]
+
+    def _table_rows(self, index: Tensor | None, flat: Tensor) -> Tensor | None:
+        """Row of the table of each sample; None if all samples share one."""
         if not self.needs_index:
-            return torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+            return None
         if index is None:
             raise ValueError(
                 f"index: {type(self).__name__} has a multiplier for every sample; give the samples' numbers in the "
@@ -126,13 +130,17 @@ class _DualVariables(Formulation):
             )
         return index.to(flat.device, torch.int64, non_blocking=True)
 
-    def _observe(self, flat: Tensor, rows: Tensor) -> None:
+    def _observe(self, flat: Tensor, rows: Tensor | None) -> None:
         if self._sum is None or self._visits is None:
             self._sum = flat.new_zeros(self.multipliers.shape)
             self._visits = flat.new_zeros(self.rows, 1)
         # Out of place: the sums may be of another type or device than before.
-        self._sum = self._sum.to(flat).index_add(0, rows, flat)
-        self._visits = self._visits.to(flat).index_add(0, rows, flat.new_ones(len(flat), 1))
+        total, visits = self._sum.to(flat), self._visits.to(flat)
+        if rows is None:
+            self._sum, self._visits = total + flat.sum(0, keepdim=True), visits + len(flat)
+        else:
+            self._sum = total.index_add(0, rows, flat)
+            self._visits = visits.index_add(0, rows, flat.new_ones(len(flat), 1))
 
     def _seen(self) -> tuple[Tensor, Tensor]:
         """Sums and visits since the last step, over all processes; a process that saw nothing adds zeros."""
@@ -229,14 +237,14 @@ class ReLULagrangian(_DualVariables):
         super().__init__(1, max_multiplier, initial)
         self.learning_rate = number("learning_rate", learning_rate, above=0)
 
+    def _flat(self, residual: Tensor) -> Tensor:
+        return super()._flat(residual).clamp(min=0)
+
     def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
-        return multipliers * residual.clamp(min=0)
+        return multipliers * residual
 
     def _slope(self, residual: Tensor, multipliers: Tensor) -> Tensor:
         return multipliers * (residual > 0)
-
-    def _observe(self, flat: Tensor, rows: Tensor) -> None:
-        super()._observe(flat.clamp(min=0), rows)
 
     def _ascent(self, total: Tensor, visits: Tensor) -> Tensor:
         return self.learning_rate * total

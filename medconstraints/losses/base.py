@@ -88,17 +88,28 @@ class Probabilities:
             self._chosen[key] = self._some(key)
         return self._chosen[key]
 
+    def covering(self, numbers: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        """Channels with these among them, and where they are: for statistics of each channel.
+
+        These alone where that halves the work of the activation, else all: the gradient of a slice costs more than a
+        sum over a channel that does not count.
+        """
+        if self._all is None and self._is_one_of_two(numbers):
+            return self.channels(numbers), (0,)
+        return self.all(), numbers
+
+    def _is_one_of_two(self, numbers: Sequence[int]) -> bool:
+        return self._activation == "softmax" and self._input.shape[1] == 2 and len(numbers) == 1
+
     def _some(self, numbers: tuple[int, ...]) -> Tensor:
-        if self._activation == "softmax":
-            if self._input.shape[1] == 2 and len(numbers) == 1:
-                # The softmax of two channels is a sigmoid of their difference, at half the work and memory.
-                (one,) = numbers
-                channels = self._input.split(1, 1)  # its gradient is one copy, that of two slices would be several
-                return torch.sigmoid(self._scaled(channels[one] - channels[1 - one]))
-            return select_channels(self.all(), numbers)
+        if self._is_one_of_two(numbers):
+            # The softmax of two channels is a sigmoid of their difference, at half the work and memory. What `unbind`
+            # gives has its gradient in one piece.
+            channels, (one,) = self._input.unbind(1), numbers
+            return torch.sigmoid(self._scaled(channels[one] - channels[1 - one])).unsqueeze(1)
         if self._activation is None or self._activation == "sigmoid":
             return self._activated(select_channels(self._input, numbers))
-        return select_channels(self.all(), numbers)  # a function may mix channels
+        return select_channels(self.all(), numbers)  # a softmax or a function mixes channels
 
     def _activated(self, input: Tensor) -> Tensor:
         if self._activation is None:

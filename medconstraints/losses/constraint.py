@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from medconstraints import checks
 from medconstraints.checks import plain
 from medconstraints.formulations.base import Formulation
 from medconstraints.losses.base import ConstrainedLoss, Probabilities, Residuals
-from medconstraints.statistics.arguments import is_relation, select_channels
+from medconstraints.statistics.arguments import arguments_of, is_relation, select_channels
 
 __all__ = ["ConstraintLoss"]
 
@@ -28,11 +27,12 @@ class ConstraintLoss(ConstrainedLoss):
     costs of both sides are added. An infinite bound is free, lower = upper is an equality.
 
     Args:
-        statistic: function `probs (B, C', *S) -> (B, C', M)` of each class that counts, such as
-            `medconstraints.statistics.soft_size`; or one that was declared a `relation` between classes, from all
-            channels to (B, R, M). In a config: `{"_target_": "medconstraints.statistics.soft_size",
-            "_mode_": "callable"}`, where more keys set its arguments. Its other arguments are entries of the target:
-            those without a default must be there, the others are taken when they are named.
+        statistic: function `probs (B, C, *S) -> (B, C, M)` of each class by itself, such as
+            `medconstraints.statistics.soft_size`, that is asked for all classes or only those that count; or one that
+            was declared a `relation` between classes, from all channels to (B, R, M). In a config:
+            `{"_target_": "medconstraints.statistics.soft_size", "_mode_": "callable"}`, where more keys set its
+            arguments. Its other arguments are entries of the target: those without a default must be there, the
+            others are taken when they are named.
         formulation: residual -> cost, such as `LogBarrierExtension()` or `QuadraticPenalty()`. One with multipliers
             belongs to this loss alone.
         classes: channels that are constrained; None for all but the background. Relations choose their own.
@@ -101,7 +101,7 @@ class ConstraintLoss(ConstrainedLoss):
         self.formulation = formulation
         self.unit = units.tolist()
         self.normalization = normalization
-        needed, self.named_keys = _arguments(statistic)
+        needed, self.named_keys = arguments_of(statistic)
         self.target_keys = ("bounds", *(["index"] if formulation.needs_index else []), *needed)
         self.optional_keys = () if formulation.needs_index else ("index",)
         self._looked = False
@@ -170,23 +170,23 @@ class ConstraintLoss(ConstrainedLoss):
         bounds, index, arguments = self._parts(target)
         probabilities = self.probabilities(input) if probabilities is None else probabilities
         if not self._looked and self.activation[0] is None:
-            _warn_of_logits(plain(input))
+            checks.warn_of_logits(plain(input))
         self._looked = True
         numbers = self.channel_numbers(input.shape[1]) if self.per_class else None
-        probs = probabilities.all() if numbers is None else probabilities.channels(numbers)
+        probs, places = (probabilities.all(), None) if numbers is None else probabilities.covering(numbers)
         value = self.statistic(probs, **arguments)
-        if numbers is not None and value.shape[1] != len(numbers):
+        if places is not None and value.shape[1] != probs.shape[1]:
             raise ValueError(
-                f"statistic: expected one row for each of the {len(numbers)} classes, got {value.shape[1]}; a relation "
-                "between classes is declared with @medconstraints.statistics.relation."
+                f"statistic: expected one row for each of the {probs.shape[1]} channels, got {value.shape[1]}; a "
+                "relation between classes is declared with @medconstraints.statistics.relation."
             )
         rows = value.shape[1] if numbers is None else input.shape[1]
         bounds = checks.bounds(bounds, (len(value), rows, value.shape[2]))
         bounds = bounds.to(value.device, value.dtype, non_blocking=True)
         if len(self.unit) not in (1, value.shape[-1]):
             raise ValueError(f"unit: expected one number or {value.shape[-1]}, one per component, got {self.unit}.")
-        if numbers is not None:
-            bounds = select_channels(bounds, numbers)
+        if numbers is not None and places is not None:
+            value, bounds = select_channels(value, places), select_channels(bounds, numbers)
         free = torch.isinf(bounds)
         # f - bound with the sign of each side; a free bound must not put an infinity into the arithmetic.
         difference = value.unsqueeze(-1) - bounds.masked_fill(free, 0.0)
@@ -220,27 +220,3 @@ class ConstraintLoss(ConstrainedLoss):
         function = self.statistic.func if isinstance(self.statistic, functools.partial) else self.statistic
         name = function.__name__ if inspect.isfunction(function) else type(function).__name__
         return f"statistic={name}, classes={self.classes}, unit={self.unit}, normalization={self.normalization!r}"
-
-
-def _arguments(statistic: Callable[..., Tensor]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Arguments of a statistic besides the probabilities: those that it needs, and those with a default."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    rest = [one for one in [*inspect.signature(statistic).parameters.values()][1:] if one.kind in named]
-    needed = tuple(one.name for one in rest if one.default is inspect.Parameter.empty)
-    return needed, tuple(one.name for one in rest if one.name not in needed)
-
-
-def _warn_of_logits(probs: Tensor) -> None:
-    """Look at a few voxels of what was given as probabilities."""
-    if probs.shape[1] == 1:
-        return
-    flat = probs.detach().flatten(2)
-    some = flat[..., :: (flat.shape[-1] // 64) | 1].float().sum(1)  # an odd step meets every column
-    worst = float((some - 1).abs().max())
-    # A softmax in half precision is as exact as its type.
-    if worst > max(1e-3, 4 * torch.finfo(probs.dtype).eps):
-        warnings.warn(
-            f"input: the probabilities of a voxel add up to 1 {'+' if float(some.max()) > 1 else '-'} {worst:.3g}; use "
-            "softmax=True for logits. This is looked at once.",
-            stacklevel=5,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from medconstraints.checks import plain
 
-__all__ = ["checked_probs", "chosen_pairs", "is_relation", "relation", "select_channels", "spacing_rows"]
+__all__ = [
+    "arguments_of",
+    "checked_probs",
+    "chosen_pairs",
+    "is_relation",
+    "relation",
+    "select_channels",
+    "spacing_rows",
+]
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -93,3 +102,11 @@ def is_relation(statistic: Callable[..., Tensor]) -> bool:
     while isinstance(statistic, functools.partial):
         statistic = statistic.func
     return isinstance(statistic, Hashable) and statistic in _RELATIONS
+
+
+def arguments_of(statistic: Callable[..., Tensor]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Arguments of a statistic besides the probabilities: those that it needs, and those with a default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    rest = [one for one in [*inspect.signature(statistic).parameters.values()][1:] if one.kind in named]
+    needed = tuple(one.name for one in rest if one.default is inspect.Parameter.empty)
+    return needed, tuple(one.name for one in rest if one.name not in needed)

@@ -308,20 +308,23 @@ def test_activation(channels, activation, logit_scale, rng):
     torch.testing.assert_close(inside, expected)
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("one", [0, 1])
-def test_one_of_two_channels_is_activated_alone(activation, one, rng):
-    """A softmax of two channels is a sigmoid of their difference."""
+def test_one_of_two_channels_is_activated_alone(one, rng):
+    """A softmax of two channels is a sigmoid of their difference; not when others have made the softmax already."""
     logits = torch.from_numpy(rng.normal(size=(2, 2, 6, 5)))
-    options = {"softmax": {"softmax": True, "logit_scale": 3.0}, "sigmoid": {"sigmoid": True}}[activation]
-    probs = torch.softmax(3 * logits, 1) if activation == "softmax" else torch.sigmoid(logits)
-    loss = ConstraintLoss(soft_size, QuadraticPenalty(), classes=[one], normalization="none", **options)
-    seen = []
-    loss.statistic = lambda probs: seen.append(probs) or soft_size(probs)
-    value = loss(logits, torch.zeros(2, 2, 1, 2))
-    torch.testing.assert_close(value, soft_size(probs)[:, one].square().mean())
-    assert seen[0].shape == (2, 1, 6, 5)
-    torch.testing.assert_close(loss(logits, torch.zeros(2, 2, 1, 2), probabilities=loss.probabilities(logits)), value)
+    probs, seen, bounds = torch.softmax(3 * logits, 1), [], torch.zeros(2, 2, 1, 2)
+
+    def size(probs):
+        seen.append(probs)
+        return soft_size(probs)
+
+    loss = ConstraintLoss(size, QuadraticPenalty(), classes=[one], softmax=True, logit_scale=3.0, normalization="none")
+    shared = loss.probabilities(logits)
+    shared.all()
+    for probabilities in (None, shared):
+        value = loss(logits, bounds, probabilities=probabilities)
+        torch.testing.assert_close(value, soft_size(probs)[:, one].square().mean())
+    assert [each.shape[1] for each in seen] == [1, 2]
 
 
 def test_one_channel_is_a_foreground(rng):
@@ -876,9 +879,9 @@ def test_volume_size(rng, constraint_reference):
 
 def test_a_relation_without_its_mark_is_refused():
     """It would lose its first pair as if that were the background."""
-    with pytest.raises(ValueError, match=r"statistic: expected one row for each of the 2 classes, got 3; .*relation"):
-        ConstraintLoss(lambda probs: soft_size_ratio(probs, [[0, 1], [1, 0], [1, 1]]), QuadraticPenalty())(
-            torch.rand(1, 3, 4, 4), torch.zeros(1, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"statistic: expected one row for each of the 3 channels, got 2; .*relation"):
+        ConstraintLoss(lambda probs: soft_size_ratio(probs, [[1, 2], [2, 1]]), QuadraticPenalty())(
+            torch.rand(1, 3, 4, 4), torch.zeros(1, 2, 1, 2)
         )
 
 
