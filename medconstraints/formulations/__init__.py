@@ -1,7 +1,6 @@
 """Formulations turn a constraint residual (`<= 0` when satisfied) into a cost, elementwise."""
 
 from medconstraints.formulations.base import Formulation
-from medconstraints.formulations.choice import chosen_formulation
 from medconstraints.formulations.lagrangian import AugmentedLagrangian, Lagrangian, ReLULagrangian
 from medconstraints.formulations.log_barrier import LogBarrierExtension
 from medconstraints.formulations.penalty import QuadraticPenalty
@@ -13,5 +12,4 @@ __all__ = [
     "LogBarrierExtension",
     "QuadraticPenalty",
     "ReLULagrangian",
-    "chosen_formulation",
 ]

@@ -3,7 +3,6 @@
 from medconstraints.losses.base import ConstrainedLoss, Probabilities, ProbabilityLoss, Residuals, TargetLoss
 from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.box_prior import BoxPriorLoss
-from medconstraints.losses.choice import chosen_loss
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.constraint import ConstraintLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
@@ -27,5 +26,4 @@ __all__ = [
     "ProposalLoss",
     "Residuals",
     "TargetLoss",
-    "chosen_loss",
 ]

@@ -103,10 +103,10 @@ class Probabilities:
 
     def _some(self, numbers: tuple[int, ...]) -> Tensor:
         if self._is_one_of_two(numbers):
-            # The softmax of two channels is a sigmoid of their difference, at half the work and memory. What `unbind`
-            # gives has its gradient in one piece.
-            channels, (one,) = self._input.unbind(1), numbers
-            return torch.sigmoid(self._scaled(channels[one] - channels[1 - one])).unsqueeze(1)
+            # The softmax of two channels is a sigmoid of their difference, at half the work and memory. The gradient of
+            # a split is one copy, that of two slices would be several.
+            channels, (one,) = self._input.split(1, 1), numbers
+            return torch.sigmoid(self._scaled(channels[one] - channels[1 - one]))
         if self._activation is None or self._activation == "sigmoid":
             return self._activated(select_channels(self._input, numbers))
         return select_channels(self.all(), numbers)  # a softmax or a function mixes channels
