@@ -90,7 +90,7 @@ class SignedDistanceMapd(MapTransform):
         self.classes = checks.class_numbers(classes, self.num_classes)
         self.measure = measure
         self.image_key = image_key
-        self.storage = checks.choice("storage", storage, STORAGE)
+        self.storage = checks.choice("storage", storage, tuple(STORAGE))
         self.spacing_mm = None if spacing_mm is None else checks.spacing(spacing_mm, len(spacing_mm))
         self.spacing_key = spacing_key
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from medconstraints import checks
-from medconstraints.distance.maps import class_numbers, host_array, mask_numbers
+from medconstraints.distance.maps import host_array, mask_numbers
 
 __all__ = ["geodesic_distance", "grow_label", "signed_geodesic_distance"]
 
@@ -101,7 +101,7 @@ def geodesic_distance(
         image_weight: see there.
         slice_axis: see there.
         clip_mm: values are limited to it.
-        ignore_index: of the voxels that are not annotated.
+        ignore_index: of the voxels that are not annotated; no class number.
 
     Returns:
         (C, *S) float32 in mm, of the kind of `seeds`; infinite, or `clip_mm`, for a class without a seed (with
@@ -117,9 +117,9 @@ def geodesic_distance(
         array([[0. , 1. , 2. , 7.1, 8.1],
                [8.1, 7.1, 6.1, 1. , 0. ]], dtype=float32)
     """
-    numbers, unknown = _weak_numbers(seeds, num_classes, ignore_index)
+    numbers = _seed_numbers(seeds, num_classes, ignore_index)
     search = _Search.of(image, numbers.shape, spacing_mm, image_weight, slice_axis, clip_mm)
-    return _like(seeds, _from_seeds(search, numbers, unknown, num_classes))
+    return _like(seeds, _from_seeds(search, numbers, num_classes))
 
 
 def grow_label(
@@ -156,10 +156,11 @@ def grow_label(
         >>> grow_label(np.array([[0, -1, -1, -1, 1]]), np.array([[0.0, 0.0, 0.0, 5.0, 5.0]]), 2, image_weight=1.0)
         array([[0, 0, 0, 1, 1]])
     """
-    numbers, unknown = _weak_numbers(seeds, num_classes, ignore_index)
+    numbers = _seed_numbers(seeds, num_classes, ignore_index)
+    unknown = numbers == ignore_index
     search = _Search.of(image, numbers.shape, spacing_mm, image_weight, slice_axis, reach_mm, "reach_mm")
     if unknown.any():
-        distances = _from_seeds(search, numbers, unknown, num_classes)
+        distances = _from_seeds(search, numbers, num_classes)
         nearest = distances.argmin(0)
         far = distances.min(0) >= search.limit
         numbers = np.where(unknown, np.where(far, 0, nearest), numbers)
@@ -167,18 +168,17 @@ def grow_label(
     return _like(seeds, grown)
 
 
-def _weak_numbers(seeds: np.ndarray | Tensor, num_classes: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class numbers with 0 in place of `ignore_index`, and where that was."""
-    array = host_array(seeds)
-    unknown = array == ignore_index
-    return class_numbers(np.where(unknown, 0, array), num_classes, "seeds"), unknown
+def _seed_numbers(seeds: np.ndarray | Tensor, num_classes: int, ignore_index: int) -> np.ndarray:
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(f"ignore_index: expected no class number 0..{num_classes - 1}, got {ignore_index}.")
+    return checks.label_array(seeds, num_classes, ignore_index=ignore_index, name="seeds")
 
 
-def _from_seeds(search: _Search, numbers: np.ndarray, unknown: np.ndarray, num_classes: int) -> np.ndarray:
+def _from_seeds(search: _Search, numbers: np.ndarray, num_classes: int) -> np.ndarray:
     """Lengths (C, *S), of the search's limit at most."""
     distances = np.full((num_classes, *numbers.shape), search.limit, np.float32)
     for number in range(num_classes):
-        starts = (numbers == number) & ~unknown
+        starts = numbers == number
         if starts.any():
             distances[number] = search.lengths(starts, from_boundary=False)
     return distances

@@ -12,7 +12,7 @@ from torch import Tensor
 from medconstraints import checks
 from medconstraints.distance import torch_maps
 
-__all__ = ["check_options", "class_numbers", "host_array", "mask_numbers", "signed_distance", "signed_distance_map"]
+__all__ = ["check_options", "host_array", "mask_numbers", "signed_distance", "signed_distance_map"]
 
 CONVENTIONS = ("boundary", "voxel", "published")
 BACKENDS = ("auto", "numba", "torch")
@@ -111,26 +111,18 @@ def check_options(convention: str, slice_axis: int | None, clip_mm: float | None
         checks.number("clip_mm", clip_mm, above=0.0)
 
 
-def class_numbers(label: np.ndarray, num_classes: int, name: str = "label") -> np.ndarray:
-    """A label (*S) as uint8 in C order (int64 beyond 255 classes).
-
-    Raises:
-        ValueError: not 2 or 3 axes with voxels, or a value that is no class number 0..num_classes - 1.
-    """
-    _check_shape(label.shape, name)
-    numbers = _whole_numbers(label, num_classes, name)
-    if numbers.max() >= num_classes:
-        raise _no_class_number(name, num_classes, f"values up to {numbers.max()}")
-    return numbers
-
-
 def mask_numbers(mask: np.ndarray | Tensor) -> np.ndarray:
     """A mask (*S) of booleans, or of zeros and ones, as uint8 on the host.
 
     Raises:
         ValueError: not 2 or 3 axes with voxels, or another value.
     """
-    return class_numbers(host_array(mask), 2, "mask")
+    array = host_array(mask)
+    _check_shape(array.shape, "mask")
+    numbers = _whole_numbers(array, 2, "mask")
+    if numbers.max() > 1:
+        raise _no_class_number("mask", 2, f"values up to {numbers.max()}")
+    return numbers
 
 
 def host_array(values: np.ndarray | Tensor) -> np.ndarray:

@@ -78,7 +78,7 @@ class Geodesic:
         clip_mm: largest distance; None for no limit.
         reach_mm: voxels without annotation that are farther than this from every annotated one are background; None
             for no limit.
-        ignore_index: value of the voxels without annotation.
+        ignore_index: value of the voxels without annotation, no class number.
 
     Raises:
         ValueError: an option is outside its range.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from medconstraints.checks import number
-from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry, select_channels
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry
 from medconstraints.losses.distance_target import DistanceMapCheck
+from medconstraints.statistics.arguments import select_channels
 
 __all__ = ["BoundaryLoss"]
 

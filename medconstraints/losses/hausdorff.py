@@ -12,8 +12,9 @@ from torch import Tensor
 from medconstraints.checks import number, plain
 from medconstraints.distance.measures import Euclidean
 from medconstraints.distance.provenance import spacing_now
-from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry, select_channels
+from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry
 from medconstraints.losses.distance_target import DistanceMapCheck
+from medconstraints.statistics.arguments import select_channels
 
 __all__ = ["HausdorffLoss"]
 

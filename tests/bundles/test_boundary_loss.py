@@ -213,7 +213,7 @@ def test_choices_end_with_different_weights(trained):
         ({"schedule": "linear"}, r"schedule: expected one of \['alone', .*\], got 'linear'"),
         ({"alpha": -1.0}, r"alpha: expected a finite number >= 0, got -1"),
         ({"convention": "edge"}, r"convention: expected one of boundary, voxel, published, got 'edge'"),
-        ({"unit_mm": 0}, r"unit_mm: expected a number of millimetres > 0"),
+        ({"unit_mm": 0}, r"unit_mm: expected a finite number > 0"),
         ({"slice_axis": 3}, r"slice_axis: expected None, or the axis 0, 1 or 2"),
     ],
 )

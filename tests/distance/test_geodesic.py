@@ -294,12 +294,14 @@ def test_refusals(changed, message):
 def test_refusals_of_seeds_and_options():
     image = np.zeros((4, 5))
     for seeds, words in (
-        (np.full((4, 5), 3), "seeds: expected whole class numbers 0..2"),
+        (np.full((4, 5), 3), "seeds: expected class numbers 0 to 2"),
         (np.zeros((1, 1, 4, 5)), "seeds"),
     ):
         for function in (geodesic_distance, grow_label):
             with pytest.raises(ValueError, match=words):
                 function(seeds, image, 3, image_weight=1.0)
+    with pytest.raises(ValueError, match="ignore_index: expected no class number"):
+        geodesic_distance(np.zeros((4, 5)), image, 3, image_weight=1.0, ignore_index=0)
     for options in ({"image_weight": -1.0}, {"clip_mm": 0}, {"reach_mm": math.nan}, {"slice_axis": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             Geodesic(**{"image_weight": 1.0} | options)
