@@ -17,9 +17,8 @@ from torch import Tensor
 
 from medconstraints import checks
 from medconstraints.statistics import (
+    is_relation,
     soft_centroid,
-    soft_fraction,
-    soft_mean_intensity,
     soft_moments,
     soft_outside_extent,
     soft_size,
@@ -37,8 +36,6 @@ Statistic = Callable[..., Tensor]
 Margin = float | Sequence[float] | None
 
 _NEVER_NEGATIVE = (soft_size, soft_centroid, soft_moments, soft_spread, soft_size_ratio, soft_outside_extent)
-# One mask at a time: with many classes in a large volume all of them in float64 would be too much.
-_CLASS_BY_CLASS = (soft_size, soft_centroid, soft_moments, soft_spread, soft_mean_intensity, soft_fraction)
 
 
 def label_to_bounds(
@@ -59,8 +56,8 @@ def label_to_bounds(
     Args:
         label: (*S), 2D or 3D, class numbers 0..num_classes - 1 on every voxel.
         num_classes: classes of the network with the background, C.
-        statistic: function `probs (B, C, *S) -> (B, C, M)`; one with an argument `pairs` is a relation, (B, R, M). It
-            gets the label as probabilities 0 and 1 in float64, B = 1.
+        statistic: function `probs (B, C, *S) -> (B, C, M)`, or a `relation` of `pairs` of classes, (B, R, M). It gets
+            the label as probabilities 0 and 1 in float64: B = 1, one class at a time, or for a relation all.
         margin: in the statistic's unit, >= 0, one or M.
         relative_margin: a share of the value, >= 0, one or M; 0.1 when no margin is given.
         options: further arguments of the statistic, such as {"spacing_mm": (1, 1, 3)} for mm, or {"image": (1, M, *S)}.
@@ -275,8 +272,10 @@ def _arguments(statistic: Statistic) -> dict[str, Any]:
 
 def _pairs(statistic: Statistic, num_classes: int) -> Sequence[Sequence[int]] | None:
     """The pairs of classes of a relation; None for a statistic of single classes."""
-    pairs = _arguments(statistic).get("pairs")
-    if pairs is inspect.Parameter.empty or any(not 0 <= cls < num_classes for pair in pairs or [] for cls in pair):
+    if not is_relation(statistic):
+        return None
+    pairs: Any = _arguments(statistic).get("pairs", inspect.Parameter.empty)
+    if pairs is inspect.Parameter.empty or any(not 0 <= cls < num_classes for pair in pairs for cls in pair):
         raise ValueError(
             f"statistic: expected pairs of the classes 0..{num_classes - 1}, such as functools.partial(statistic, "
             f"pairs=[[1, 2]]), got {pairs!r}."
@@ -301,18 +300,13 @@ def _values(array: np.ndarray, known: np.ndarray, num_classes: int, statistic: S
         masks = torch.from_numpy(np.stack([array == cls for cls in classes])[None])
         return np.asarray(statistic(masks.double(), **options)[0], dtype=np.float64)
 
-    if _function(statistic) in _CLASS_BY_CLASS:
-        classes = [*np.flatnonzero(known)] or [1]
-        rows = np.concatenate([of([cls]) for cls in classes])
-        values = np.zeros((num_classes, rows.shape[1]))
-        values[classes] = rows
-        return values
-    values = of(range(num_classes))
-    if len(values) != len(known):
-        raise ValueError(
-            f"statistic: expected one row for each of the {len(known)} classes or pairs, got {len(values)}; a relation "
-            "between classes needs an argument `pairs`."
-        )
+    if is_relation(statistic):
+        return of(range(num_classes))
+    # One class at a time: with many classes in a large volume all masks together would be too much.
+    classes = [*np.flatnonzero(known)] or [1]
+    rows = np.concatenate([of([cls]) for cls in classes])
+    values = np.zeros((num_classes, rows.shape[1]))
+    values[classes] = rows
     return values
 
 

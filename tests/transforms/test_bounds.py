@@ -11,6 +11,7 @@ from monai.data import MetaTensor, list_data_collate
 from monai.transforms import Compose, EnsureChannelFirstd, Flipd, LoadImaged, Orientationd
 
 from medconstraints.statistics import (
+    relation,
     soft_centroid,
     soft_centroid_offset,
     soft_fraction,
@@ -125,23 +126,31 @@ def test_common_bounds_of_a_relation():
 
 
 def test_a_statistic_of_ones_own():
-    """It sees all classes, and other entries of the item under the names of its arguments."""
+    """It gets other entries of the item under the names of its arguments."""
 
-    def depth_over_background(probs, depth, scale=2.0):
-        value = soft_fraction(probs, depth)
-        return scale * (value - value[:, :1])
+    def mean_depth(probs, depth, scale=2.0):
+        return scale * soft_fraction(probs, depth)
 
     depth = torch.arange(5.0).repeat(3, 1)[None]
     item = item_of(LABEL, depth=depth)
-    bounds = LabelToBoundsd(num_classes=4, statistic=depth_over_background, margin=0)(item)["bounds"]
-    means = [depth[0][torch.from_numpy(LABEL) == cls].mean().item() for cls in range(3)]
-    expected = [2 * (mean - means[0]) for mean in means]
-    torch.testing.assert_close(bounds[1:3, 0], torch.tensor([[v, v] for v in expected[1:]]))
+    bounds = LabelToBoundsd(num_classes=4, statistic=mean_depth, margin=0)(item)["bounds"]
+    expected = [2 * depth[0][torch.from_numpy(LABEL) == cls].mean().item() for cls in (1, 2)]
+    torch.testing.assert_close(bounds[1:3, 0], torch.tensor([[value, value] for value in expected]))
     assert bounds[3].tolist() == [FREE]
     with pytest.raises(KeyError, match=r"depth: expected this argument of the statistic, got \['label'\]"):
-        LabelToBoundsd(num_classes=4, statistic=depth_over_background)(item_of(LABEL))
-    with pytest.raises(ValueError, match=r"statistic: expected one row for each of the 4 classes or pairs, got 1; .*p"):
-        label_to_bounds(LABEL, 4, lambda probs: soft_size(probs)[:, :1])
+        LabelToBoundsd(num_classes=4, statistic=mean_depth)(item_of(LABEL))
+
+
+def test_a_relation_of_ones_own():
+    @relation
+    def distance(probs, pairs=((1, 2),)):
+        first, second = (soft_centroid(probs)[:, list(classes)] for classes in zip(*pairs, strict=True))
+        return (second - first).square().sum(-1, keepdim=True).sqrt()
+
+    bounds = LabelToBoundsd(num_classes=4, statistic=distance, margin=1)(item_of(LABEL))["bounds"]
+    torch.testing.assert_close(bounds, torch.tensor([[[7.25**0.5 - 1, 7.25**0.5 + 1]]]))
+    with pytest.raises(ValueError, match="statistic: expected pairs of the classes"):
+        label_to_bounds(LABEL, 4, relation(lambda probs: distance(probs)))
 
 
 def slow_bounds(label, num_classes, statistic, margin):
