@@ -27,26 +27,9 @@ SHAPE = (48, 64, 48)
 def epoch(bundle: str, overlays: list[str], datalist: Path, output_dir: Path, **options: Any) -> Callable[[], Any]:
     """One epoch of a bundle's trainer, without validation, logs and checkpoints."""
     dual_pass = options.pop("dual_pass", False)
-    plain = options.pop("plain", False)
-    if plain or "full_supervision" in overlays:
-        # Cross-entropy needs no bounds: it does not pay for making them.
-        options |= {
-            "train#size_bounds": [],
-            "train#centroid_bounds": [],
-            "train#selection#keys": ["image", "weak_label"],
-            "train#prepare_batch#target_keys": ["weak_label"],
-        }
-    parser = parsed_bundle(bundle, overlays, datalist, output_dir, **options)
-    trainer = parser.get_parsed_content("train#trainer")
-    if plain:
-        # The partial cross-entropy alone: no constraint is computed.
-        partial = parser.get_parsed_content("loss").losses["partial_ce"]
-        trainer.loss_function = lambda output, target: partial(output, target["weak_label"])
-    elif bundle == "log_barrier":
-        formulations = [parser.get_parsed_content(name) for name in ("size_formulation", "centroid_formulation")]
-        if dual_pass:
-            DualPassHandler(parser.get_parsed_content("loss"), formulations).attach(trainer)
-        StepFormulationHandler(formulations).attach(trainer)
+    trainer = parsed_bundle(bundle, overlays, datalist, output_dir, **options).get_parsed_content("train#trainer")
+    for handler in [*([DualPassHandler()] if dual_pass else []), StepFormulationHandler()]:
+        handler.attach(trainer)
     trainer.logger.setLevel(logging.WARNING)
     return trainer.run
 
@@ -75,15 +58,15 @@ def main() -> None:
         where = datalist, Path(folder)
         times = medians_ms(
             {
-                "partial cross-entropy": epoch("log_barrier", [], *where, plain=True),
+                "partial cross-entropy": epoch("log_barrier", ["full_supervision"], *where, weak_source="points"),
                 "cross-entropy on full labels": epoch("log_barrier", ["full_supervision"], *where),
-                "penalty, size and centroid": epoch("log_barrier", [], *where, formulation="penalty"),
                 "log-barrier, size and centroid": epoch("log_barrier", [], *where),
-                "Lagrangian": epoch("log_barrier", [], *where, formulation="lagrangian"),
-                "ReLU Lagrangian": epoch("log_barrier", [], *where, formulation="relu_lagrangian"),
-                "augmented Lagrangian": epoch("log_barrier", [], *where, formulation="augmented_lagrangian"),
+                "penalty, size and centroid": epoch("log_barrier", ["baselines"], *where, baseline="penalty"),
+                "Lagrangian": epoch("log_barrier", ["baselines"], *where, baseline="lagrangian"),
+                "ReLU Lagrangian": epoch("log_barrier", ["baselines"], *where, baseline="relu_lagrangian"),
+                "augmented Lagrangian": epoch("log_barrier", ["baselines"], *where, baseline="augmented_lagrangian"),
                 "Lagrangian with the extra pass": epoch(
-                    "log_barrier", [], *where, formulation="lagrangian", dual_pass=True
+                    "log_barrier", ["baselines"], *where, baseline="lagrangian", dual_pass=True
                 ),
                 "Lagrangian with proposals": epoch("size_constraint", ["proposals"], *where),
             },

@@ -91,26 +91,19 @@ class TargetTrainer(SupervisedTrainer):
         accumulation_steps: int = 1,
     ) -> None:
         if (dataset is None) == (train_data_loader is None):
-            raise ValueError(
-                "dataset, train_data_loader: expected exactly one of them; a data set gets its own loader."
-            )
+            raise ValueError("dataset, train_data_loader: expected exactly one of them, a data set gets its loader.")
+        loader = _loader(dataset, batch_size, num_workers) if train_data_loader is None else train_data_loader
         device = torch.device(device)
         if isinstance(loss_function, nn.Module):
             loss_function = loss_function.to(device)
-        if prepare_batch is None:
-            prepare_batch = default_prepare_batch
-            if isinstance(loss_function, TargetLoss):
-                prepare_batch = PrepareBatchTargets(loss_function)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            train_data_loader=(
-                _loader(dataset, batch_size, num_workers) if train_data_loader is None else train_data_loader
-            ),
+            train_data_loader=loader,
             network=network,
             optimizer=optimizer,
             loss_function=loss_function,
-            prepare_batch=prepare_batch,
+            prepare_batch=prepare_batch or _preparation(loss_function),
             inferer=inferer,
             postprocessing=postprocessing,
             key_train_metric=key_train_metric,
@@ -139,6 +132,10 @@ class TargetTrainer(SupervisedTrainer):
             del output[CommonKeys.LABEL]
         else:
             output[CommonKeys.LABEL] = label.to(output[CommonKeys.PRED].device)
+
+
+def _preparation(loss: Any) -> Callable[..., Any]:
+    return PrepareBatchTargets(loss) if isinstance(loss, TargetLoss) else default_prepare_batch
 
 
 def _loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:

@@ -135,19 +135,25 @@ def training_handlers(
         raise ValueError("lr_scheduler: follows the key metric, but the evaluator has no data; take another schedule.")
     else:
         handlers.append(SaveLatestHandler(f"{output_dir}/model.pt"))
-    if idist.get_rank() == 0:
-        loss = from_engine(["loss"], first=True)
-        handlers += [
-            StatsHandler(name="train_loss", tag_name="train_loss", output_transform=loss, iteration_log=False),
-            TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", tag_name="train_loss", output_transform=loss),
-            ProgressBar(desc="training"),
-        ]
+    handlers += _logs(output_dir)
     states: dict[str, Any] = {name: monitor for name, monitor in named.items() if isinstance(monitor, Stateful)}
     states |= objects or {}
     if lr_scheduler is not None:
         states["lr_scheduler"] = lr_scheduler
     handlers.append(ResumeHandler(f"{output_dir}/last.pt", states, evaluator=evaluator, settings=settings))
     return HandlerList(handlers)
+
+
+def _logs(output_dir: str) -> list[Any]:
+    """Losses and metrics of a training on the console and for TensorBoard."""
+    if idist.get_rank():
+        return []
+    loss = from_engine(["loss"], first=True)
+    return [
+        StatsHandler(name="train_loss", tag_name="train_loss", output_transform=loss, iteration_log=False),
+        TensorBoardStatsHandler(log_dir=f"{output_dir}/tensorboard", tag_name="train_loss", output_transform=loss),
+        ProgressBar(desc="training"),
+    ]
 
 
 def validation_handlers(*, output_dir: str, monitors: _Monitors = ()) -> HandlerList:
