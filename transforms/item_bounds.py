@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medconstraints import checks
@@ -48,11 +47,12 @@ class ItemToBoundsd(MapTransform):
 
     Raises:
         ValueError: an argument is outside its range, a size is no number >= 0, a class is unknown or has a size and a
-            range, or the image is not 3D; the message names the image's file.
-        TypeError: the image is no MetaTensor, which alone knows the volume of a voxel.
+            range, or the image is not 3D or no MetaTensor, which alone knows the volume of a voxel; the message names
+            the image's file.
         KeyError: neither key is there.
 
     Example:
+        >>> from monai.data import MetaTensor
         >>> item = {"image": MetaTensor(torch.zeros(1, 8, 8, 8), affine=torch.eye(4) * 5), "size_ml": {"1": 4.0}}
         >>> ItemToBoundsd(num_classes=3, margin=0.25)(item)["bounds"].tolist()
         [[[-inf, inf]], [[24.0, 40.0]], [[-inf, inf]]]
@@ -97,8 +97,13 @@ class ItemToBoundsd(MapTransform):
         known = self._bounds_ml(item.pop(self.key, None), item.pop(self.range_key, None), name)
         bounds = free_bounds(self.num_classes, 1)
         if known and not full:
-            voxel_mm3 = _voxel_mm3(image, name)  # checked in mm too
-            scale = MM3_PER_ML if self.units == "mm" else MM3_PER_ML / voxel_mm3
+            spacing = checks.affine_spacing(image, name)
+            if len(spacing) != 3:
+                raise ValueError(
+                    f"{name}: expected a 3D image (C, *S) for sizes in ml, got shape {tuple(image.shape)}; a slice has "
+                    "an area: use LabelToBoundsd, or bounds of the volume on all of its slices together."
+                )
+            scale = MM3_PER_ML / (1.0 if self.units == "mm" else math.prod(spacing))
             for cls, (low, high) in known.items():
                 bounds[cls, 0] = torch.tensor([low * scale if self.whole_image else -math.inf, high * scale])
         item[self.bounds_key] = bounds
@@ -118,28 +123,12 @@ class ItemToBoundsd(MapTransform):
             size = checks.number(f"{name}: {self.key} of class {cls} in ml", size, least=0)
             bounds[cls] = (max(size * (1 - self.margin), 0.0), size * (1 + self.margin))
         for cls, pair in ranges.items():
-            what = f"{name}: {self.range_key} of class {cls}"
+            what = f"{name}: {self.range_key} of class {cls} in ml"
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"{what}: expected [smallest, largest] in ml, got {pair!r}.")
-            low, high = (checks.number(f"{what} in ml", value, least=0) for value in pair)
-            if low > high:
-                raise ValueError(f"{what}: expected smallest <= largest, got {pair!r}.")
-            bounds[cls] = (low, high)
+                raise ValueError(f"{what}: expected [smallest, largest], got {pair!r}.")
+            low = checks.number(what, pair[0], least=0)
+            bounds[cls] = (low, checks.number(what, pair[1], least=low))
         return bounds
-
-
-def _voxel_mm3(image: Any, name: str) -> float:
-    if not isinstance(image, MetaTensor):
-        raise TypeError(
-            f"{name}: expected a loaded image (MetaTensor), got {type(image).__name__}: nothing else knows the volume "
-            "of a voxel; put ItemToBoundsd after loading, before conversion to a plain tensor."
-        )
-    if image.ndim != 4:
-        raise ValueError(
-            f"{name}: expected a 3D image (C, *S) for sizes in ml, got shape {tuple(image.shape)}; a slice has an "
-            "area: use LabelToBoundsd, or bounds of the volume on all of its slices together."
-        )
-    return math.prod(checks.affine_spacing(image, name))
 
 
 def _by_class(value: Any, num_classes: int, name: str) -> dict[int, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medconstraints.data.output_folders import NIFTI_ENDINGS, mask_path
@@ -86,7 +87,7 @@ class SaveMaskd(MapTransform):
         """Save, and return the item as it is."""
         for key in self.key_iterator(dict(data)):
             mask = data[key]
-            file = getattr(mask, "meta", {}).get("filename_or_obj")
+            file = mask.meta.get("filename_or_obj") if isinstance(mask, MetaTensor) else None
             if not file:
                 raise ValueError(f"{key}: no filename_or_obj in its meta data; load the image with LoadVolumed.")
             if mask.ndim != 4 or mask.shape[0] != 1:

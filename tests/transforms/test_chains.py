@@ -3,9 +3,19 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from medconstraints.transforms import reading_transforms
+from medconstraints.statistics import soft_centroid
+from medconstraints.transforms import (
+    Points,
+    WeakLabeld,
+    bounds_transforms,
+    box_transforms,
+    reading_transforms,
+    weak_label_transforms,
+)
 
 SHAPE = (9, 8, 7)
 
@@ -38,3 +48,60 @@ def test_normalisation(channels, nonzero):
         assert (channel[~brain] == 0).all() == nonzero  # what was 0 stays 0
     default = Compose(reading_transforms(num_classes=2))({"image": paths})["image"]
     assert np.array_equal(np.asarray(default), image) == (not nonzero)
+
+
+def names(chain):
+    return [type(transform).__name__ for transform in chain]
+
+
+def test_weak_labels_of_each_source():
+    label = torch.zeros(1, 9, 9, 3)
+    label[:, 2:7, 2:7] = 1
+    item = {"label": label, "scribble": torch.full_like(label, 4)}
+    item["scribble"][:, 3, 3], item["scribble"][:, 0, 0] = 1, 0
+    found = {}
+    for source in ("points", "erosion", "scribble", "label"):
+        options = {"radius_voxels": 1, "kernel_voxels": 3, "slice_axis": 2, "num_classes": 2, "background": True}
+        found[source] = Compose(weak_label_transforms(source, **options))(dict(item))["weak_label"]
+    counts = {source: int((found[source] == 1).sum()) for source in ("erosion", "scribble", "label")}
+    assert counts == {"erosion": 27, "scribble": 3, "label": 75}
+    rule = Points(radius_voxels=1, slice_axis=2, background=True)
+    assert torch.equal(found["points"], WeakLabeld(rule=rule)(item)["weak_label"])
+    assert int((found["scribble"] == 0).sum()) == 3
+    without = Compose(weak_label_transforms("scribble"))(dict(item))["weak_label"]
+    assert not (without == 0).any()
+
+
+def test_bounds_of_each_level():
+    label = torch.zeros(1, 4, 4)
+    label[:, :2] = 1
+    item = {"label": label}
+    common = {"common_bounds": [[3, 20]]}
+    levels = {"individual": [7.2, 8.8], "tags": [1, 16], "common": [3, 20], "none": [-np.inf, np.inf]}
+    for level, expected in levels.items():
+        out = Compose(bounds_transforms(level, num_classes=2, bounds_key="b", **common))(dict(item))
+        np.testing.assert_allclose(out["b"][1, 0], expected)
+    place = bounds_transforms("individual", num_classes=2, statistic=soft_centroid, margin=1)
+    assert Compose(place)(dict(item))["bounds"][1].tolist() == [[0, 1.5], [0.5, 2.5]]
+    report = bounds_transforms("individual", num_classes=2, source="items", relative_margin=0.5, whole_image=False)
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=10 * torch.eye(4))
+    assert Compose(report)({"image": image, "size_ml": [4]})["bounds"][1, 0].tolist() == [-np.inf, 6]
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        (lambda: weak_label_transforms("clicks"), "source: expected one of points, erosion, scribble, label, got"),
+        (lambda: box_transforms("clicks"), "source: expected one of label, files, got 'clicks'"),
+        (lambda: bounds_transforms("all", num_classes=2), "level: expected one of individual, tags, none, common, got"),
+        (lambda: bounds_transforms("common", num_classes=2), "common_bounds: expected bounds, or the path"),
+        (lambda: bounds_transforms("tags", num_classes=2, source="items"), "level: sizes in the datalist are indiv"),
+    ],
+)
+def test_settings_that_do_not_fit(chain, words):
+    with pytest.raises(ValueError, match=words):
+        chain()
+
+
+def test_boxes_of_each_source():
+    assert names(box_transforms("label")) == ["LabelToBoxesd"] and names(box_transforms("files")) == ["LoadBoxesd"]
