@@ -92,7 +92,7 @@ class ItemToBoundsd(MapTransform):
                 f"{self.key}: expected sizes in ml under this key or {self.range_key!r}, got "
                 f"{sorted(map(str, item))}; add them to the datalist, or set allow_missing_keys=True for free bounds."
             )
-        image = item.get(self.image_key)
+        image: Any = item.get(self.image_key)
         name = checks.label_name(image, self.image_key)
         known = self._bounds_ml(item.pop(self.key, None), item.pop(self.range_key, None), name)
         bounds = free_bounds(self.num_classes, 1)
