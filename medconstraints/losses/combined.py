@@ -28,7 +28,7 @@ class CombinedLoss(TargetLoss):
         keys: name -> {entry, as the loss calls it: key in the target}, for entries with another key; also for those
             that a loss reads only when they are named, such as "spacing_mm" of a statistic. The key alone renames the
             main entry; None in place of a key leaves an optional entry out. A loss that is none of this package gets a
-            mapping of the named entries, or its one tensor if "label" alone is named.
+            mapping of the named entries, or the tensor of the only one.
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
         skip_unweighted: leave out losses while their weight is 0, and the time they take; they then have no part in
@@ -146,11 +146,7 @@ class CombinedLoss(TargetLoss):
 
     def _target(self, target: Mapping[str, Tensor], name: str) -> Tensor | dict[str, Tensor]:
         loss, entries = self.losses[name], self.entries[name]
-        may_lack: tuple[str, ...] = ()
-        alone: tuple[str, ...] = ("label",)
-        meta = False
-        if isinstance(loss, TargetLoss):
-            may_lack, meta, alone = loss.optional_keys, loss.reads_meta, loss.target_keys
+        may_lack, meta = (loss.optional_keys, loss.reads_meta) if isinstance(loss, TargetLoss) else ((), False)
         found = {}
         for entry, key in entries.items():
             if key in target:
@@ -161,7 +157,7 @@ class CombinedLoss(TargetLoss):
                     "transform that makes it, and let PrepareBatchTargets take its keys from this loss."
                 )
         # A loss of one entry gets its tensor.
-        return next(iter(found.values())) if len(entries) == 1 and tuple(entries) == alone else found
+        return next(iter(found.values())) if len(entries) == 1 else found
 
 
 def _entries(name: str, loss: nn.Module, renamed: Mapping[str, str | None] | str) -> dict[str, str]:
