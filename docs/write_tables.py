@@ -28,14 +28,10 @@ class Row(NamedTuple):
     paper: str = "-"
 
 
-def full_labels(bundle: str, seed: int = 0) -> dict[str, Any]:
-    """Claims of a training on every voxel."""
-    return {"bundle": bundle, "config_files": ["train.json", "full_supervision.json"], "seed": seed}
-
-
+FULL = {"config_files": ["train.json", "full_supervision.json"], "seed": 0}
 SLICES = {"slice_axis": 1, "filling": [0.5, 0.9], "seed": 0}
 BOXES = {
-    "Full labels": Row("box_prior_full.json", full_labels("box_prior")),
+    "Full labels": Row("box_prior_full.json", FULL),
     "A box per slice (shipped weights)": Row("box_prior_slice_published.json", SLICES),
     "A box per slice, fitted size bounds": Row(
         "box_prior_slice_fitted.json", {**SLICES, "filling": [[0.6052, 0.7062], [0.6441, 0.7037]]}
@@ -43,10 +39,10 @@ BOXES = {
     "One 3D box, fitted size bounds": Row(
         "box_prior_box3d.json", {"slice_axis": None, "filling": [[0.2892, 0.403], [0.1384, 0.2218]], "seed": 0}
     ),
-    "Full labels, seed 1": Row("box_prior_full_seed1.json", full_labels("box_prior", 1)),
+    "Full labels, seed 1": Row("box_prior_full_seed1.json", {**FULL, "seed": 1}),
     "A box per slice, seed 1": Row("box_prior_slice_seed1.json", {**SLICES, "seed": 1}),
 }
-EVERY_VOXEL = Row("size_constraint_hippocampus_full.json", full_labels("size_constraint"))
+EVERY_VOXEL = Row("size_constraint_hippocampus_full.json", FULL)
 POINTS = Row("size_constraint_hippocampus.json", {"weak_source": "points", "level": "individual", "seed": 0})
 SIZES = {
     "Full labels": EVERY_VOXEL,
@@ -138,7 +134,7 @@ def is_recorded(label: str, claims: Mapping[str, Any], settings: Mapping[str, An
     training = (settings or {}).get("training")
     if training is None:
         return False
-    found = {"bundle": training.get("bundle"), "config_files": training.get("config_files"), **training["settings"]}
+    found = {"config_files": training.get("config_files"), **training["settings"]}
     wrong = [
         f"{key} {claimed!r}, and its run had {found[key]!r}" if key in found else f"{key}, which its run did not have"
         for key, claimed in claims.items()

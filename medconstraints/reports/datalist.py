@@ -78,23 +78,17 @@ def find_predictions(
     folder = Path(predictions_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"predictions: no folder {folder}.")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name.endswith(NIFTI_ENDINGS) and path.is_file():
-            found.setdefault(path.name.removesuffix(".gz").removesuffix(".nii"), []).append(path)
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith(NIFTI_ENDINGS) and path.is_file())
     predictions: dict[str, Path | None] = {}
     for entry in entries:
-        matches = found.get(entry.name + suffix, [])
+        matches = [path for path in files if path.name in {f"{entry.name}{suffix}{end}" for end in NIFTI_ENDINGS}]
         if len(matches) > 1:
-            names = [str(match.relative_to(folder)) for match in matches]
-            raise ValueError(
-                f"predictions: {len(matches)} files below {folder} fit {entry.name}, {names}; keep one run each."
-            )
+            found = [str(match.relative_to(folder)) for match in matches]
+            raise ValueError(f"predictions: {len(matches)} files fit {entry.name}, {found}; keep one run per folder.")
         predictions[entry.name] = matches[0] if matches else None
-    if predictions and not any(predictions.values()):
-        some = [str(path.relative_to(folder)) for paths in list(found.values())[:3] for path in paths]
+    if not any(predictions.values()):
         raise FileNotFoundError(
-            f"predictions: nothing below {folder} is named like {next(iter(predictions))}{suffix}.nii.gz; "
-            f"it holds {some or 'no NIfTI files'}. Check the folder and the suffix ({suffix!r})."
+            f"predictions: nothing below {folder} is named like {next(iter(predictions))}{suffix}.nii.gz; it holds "
+            f"{[path.name for path in files[:3]] or 'no NIfTI files'}. Check the folder and the suffix ({suffix!r})."
         )
     return predictions

@@ -143,7 +143,6 @@ def _cut(case: ReportCase, axis: int | None) -> _Row:
         depths = [np.inf if size == 1 else step for size, step in zip(image.data.shape, image.spacing_mm, strict=True)]
         axis = max(a for a in range(3) if depths[a] >= 0.99 * max(depths))
     x, y = (other for other in range(3) if other != axis)
-    boxes = None if case.boxes is None else _canonical_boxes(case.boxes, stored, image)
     index = image.data.shape[axis] // 2
     for mask in volumes.values():
         if mask is not None and mask.any():
@@ -153,29 +152,25 @@ def _cut(case: ReportCase, axis: int | None) -> _Row:
         case=case,
         image=image.data.take(index, axis).T,
         masks={what: None if mask is None else mask.take(index, axis).T for what, mask in volumes.items()},
-        rectangles=None if boxes is None else _rectangles(boxes, axis, index),
+        rectangles=None if case.boxes is None else _rectangles(case.boxes, stored, image, axis, index),
         axis=axis,
         aspect=float(image.spacing_mm[y] / image.spacing_mm[x]),
     )
 
 
-def _canonical_boxes(boxes: Any, stored: Volume, image: Volume) -> np.ndarray:
-    """Boxes in voxels of the canonical image; those of a 2D image get the third axis [0, 1), padding is dropped."""
+def _rectangles(boxes: Any, stored: Volume, image: Volume, axis: int, index: int) -> np.ndarray:
+    """Where boxes of the stored image meet a slice of the canonical one; padding is dropped."""
     rows = np.asarray(boxes)
-    if rows.ndim == 2 and rows.shape[1] == 5 and stored.data.ndim == 2:
-        zeros = np.zeros_like(rows[:, :1])
-        rows = np.concatenate([rows[:, :3], zeros, rows[:, 3:], zeros + 1], axis=1)
+    if rows.ndim == 2 and rows.shape[1] == 5 and stored.data.ndim == 2:  # the third axis is one voxel
+        rows = np.insert(rows, [3, 5], [0, 1], axis=1)
     if rows.ndim != 2 or rows.shape[1] != 7:
         raise ValueError(
             f"boxes: expected rows [class, starts, stops], 7 numbers for a volume of shape {stored.data.shape}, "
             f"got shape {rows.shape}."
         )
-    return map_boxes(torch.as_tensor(rows[rows[:, 0] >= 0]), stored.affine, image.affine).numpy()
-
-
-def _rectangles(boxes: np.ndarray, axis: int, index: int) -> np.ndarray:
+    rows = map_boxes(torch.as_tensor(rows[rows[:, 0] >= 0]), stored.affine, image.affine).numpy()
+    met = rows[(rows[:, 1 + axis] <= index) & (index < rows[:, 4 + axis])]
     x, y = (other for other in range(3) if other != axis)
-    met = boxes[(boxes[:, 1 + axis] <= index) & (index < boxes[:, 4 + axis])]
     start, stop = met[:, [1 + x, 1 + y]], met[:, [4 + x, 4 + y]]
     return np.concatenate([met[:, :1], start - 0.5, stop - start], axis=1)
 
