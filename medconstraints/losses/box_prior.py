@@ -73,7 +73,7 @@ class BoxPriorLoss(ConstrainedLoss):
         True
     """
 
-    target_keys = ("boxes",)
+    target_keys: tuple[str, ...] = ("boxes",)
     host_keys = frozenset({"boxes", "index"})
 
     def __init__(
