@@ -153,10 +153,11 @@ class BoxPriorLoss(ConstrainedLoss):
     ) -> Residuals:
         """Constraints of each sample and foreground class, (B, K, 4) as `FUNCTIONS` names them.
 
-        Size and emptiness are the residuals themselves. Many rows make one function: the bands of a class, and in
-        slices all its rows; it is the mean of their max(residual, 0), weighted as in the loss, which is 0 when all are
-        satisfied and does not let one row make up for another. A function is free where no row counts: without a box,
-        for the size of a box that the border cuts, with a weight of 0, and the emptiness as a cross-entropy.
+        All rows of one function (bands, and in slices those of all slices) make one residual: the mean of their
+        max(z, 0), weighted as in the loss, so that no row makes up for another; and when all are satisfied the largest
+        z, that of the row nearest to its bound. One row is its own residual. A function is free where no row counts:
+        without a box, for the size of a box that the border cuts, with a weight of 0, and the emptiness as a
+        cross-entropy.
 
         Arguments and errors as for `forward`; the gradient is kept.
         """
@@ -238,10 +239,12 @@ class BoxPriorLoss(ConstrainedLoss):
             weight = weight * (rows.function != FUNCTIONS.index("emptiness"))
         total = np.bincount(cells, weight, minlength=int(np.prod(shape)))
         share = to_device(weight / np.where(total > 0, total, 1.0)[cells], batch.residual.device)
-        many = len(batch.plan.bands.width) if self.slice_axis is None else len(batch.residual)
-        residual = torch.cat([batch.residual[:many].clamp(min=0), batch.residual[many:]])
-        free = to_device((total == 0).reshape(shape), residual.device)
-        return Residuals(batch.table(residual * share), free, batch.index)
+        free = to_device((total == 0).reshape(shape), share.device)
+        violation = batch.table(batch.residual.clamp(min=0) * share)
+        counted = batch.residual.masked_fill(share == 0, -torch.inf)
+        worst = torch.full_like(violation, -torch.inf).view(-1).scatter_reduce(0, batch.cell, counted, "amax")
+        residual = violation + worst.view(shape).clamp(max=0)
+        return Residuals(residual.masked_fill(free, 0.0), free, batch.index)
 
     def _log_background(self, input: Tensor, probs: Tensor) -> Tensor:
         """log(1 - s) of the foreground classes, (B, K, *S), with a slope also where s is rounded to 1."""

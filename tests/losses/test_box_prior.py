@@ -246,6 +246,10 @@ def test_each_function_has_its_residual():
     assert not free.any() and index is None and not residual.requires_grad
     again = loss.residual(probs.requires_grad_(), boxes)
     assert torch.equal(again.residual, residual) and again.residual.requires_grad
+    whole = torch.zeros(1, 1, 10, 10)
+    whole[0, 0, 2:8, 2:8] = 1
+    whole[0, 0, 2] *= 0.5  # satisfied everywhere: the row nearest to its bound counts
+    assert loss.residual(whole, boxes).residual[0, 0, 0].item() == pytest.approx(1 - 3)
 
 
 def test_slices_of_a_sample_are_one_function(rng):
