@@ -66,7 +66,7 @@ def checked_boxes(
     kept, size = table[sample, row], np.array(spatial)
     label, start, stop = kept[:, 0], kept[:, 1 : 1 + len(spatial)], kept[:, 1 + len(spatial) :]
     cut, thick = (start < 0) | (stop > size), stop - start > 1
-    for bad, why in (
+    faults = (
         (
             (label < 1) | (label > num_classes),
             f"has a class outside 1..{num_classes}; class 0 is the background and -1 marks padding. Check the class "
@@ -79,11 +79,12 @@ def checked_boxes(
             "BoxesToGridd maps boxes to an augmented image",
         ),
         (
-            thick[:, slice_axis] if slice_axis is not None else np.zeros(0),
+            thick[:, slice_axis] if slice_axis is not None else np.zeros(len(row), dtype=bool),
             f"is not one voxel thick along slice_axis {slice_axis}; draw a flat box per slice, or use slice_axis=None "
             "for 3D boxes",
         ),
-    ):
+    )
+    for bad, why in faults if np.logical_or.reduce([bad for bad, _ in faults]).any() else ():
         if bad.any():
             first = int(np.argmax(bad))
             raise ValueError(f"boxes: row {row[first]} of sample {sample[first]}, {kept[first].tolist()}, {why}.")

@@ -201,8 +201,9 @@ class BoxPriorLoss(ConstrainedLoss):
     def _batch(self, input: Tensor, target: Tensor | Mapping[str, Any], probabilities: Probabilities | None) -> _Batch:
         """Name the constraints of a batch and measure their residuals."""
         shared = self.probabilities(input) if probabilities is None else probabilities
-        # Of two channels only the foreground is needed; of more a part would cost more than all, in the gradient.
-        probs = shared.channels([1]) if input.shape[1] == 2 else shared.all()
+        # Of a softmax of two channels the foreground is half the work; any other part costs more than all, in the
+        # gradient.
+        probs = shared.channels([1]) if self.softmax and input.shape[1] == 2 else shared.all()
         plan = plan_boxes(
             plain(one_entry(target, "boxes")),
             input.shape,

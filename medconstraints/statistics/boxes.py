@@ -88,18 +88,16 @@ def _gather(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor, Tensor]:
     """Masses as `BoxSums` has them."""
     # float64: a float32 sum over 100,000 voxels is off by more than 1e-3 voxels.
     images = plan.images(probs).to(torch.float64, memory_format=torch.contiguous_format)
-    flat, weights = images.flatten(3), plan.indicators
-    first = _outer(weights[1:]) @ flat.transpose(-1, -2)  # (I, K, M, n_1): for each box a sum over the other axes
-    last = weights[0] @ flat  # (I, K, M, rest)
-    if len(plan.shape) == 2:
-        profiles = [first, last]
-    else:
-        planes = last.unflatten(-1, plan.shape[1:])
-        second, third = planes @ weights[2].unsqueeze(-1), weights[1].unsqueeze(-2) @ planes
-        profiles = [first, second, third]
+    flat, weights = images.flatten(2, -2), plan.indicators  # (I, K, rest, n_last)
+    last = _outer(weights[:-1]) @ flat  # (I, K, M, n_last): for each slot a sum over the other axes
+    profiles = [weights[-1] @ flat.transpose(-1, -2)]  # (I, K, M, rest)
+    if len(plan.shape) == 3:
+        planes = profiles[0].unflatten(-1, plan.shape[:2])
+        profiles = [(planes @ weights[1].unsqueeze(-1)), (weights[0].unsqueeze(-2) @ planes)]
+    profiles.append(last)
     lines = torch.cat([profile.reshape(-1) for profile in profiles])
     bands = lines.new_zeros(len(plan.bands.width)).index_add_(0, plan.bands.band, lines[plan.bands.line])
-    slots = (first * weights[0]).sum(-1)
+    slots = (last * weights[-1]).sum(-1)
     if plan.slots.sign is None:
         inside = (images * inside_mask(plan)).flatten(2).sum(-1)
     else:
@@ -119,16 +117,17 @@ def _spread(bands: Tensor, inside: Tensor, total: Tensor, plan: BoxPlan, channel
     sizes = [slots.numel() * size for size in plan.shape]
     profiles = [part.view(*slots.shape, -1) for part in lines.split(sizes)]
     profiles[-1] = profiles[-1] + slots.unsqueeze(-1) * weights[-1]
-    right = profiles[-1]
+    rows = profiles[0]
     if len(plan.shape) == 3:
-        right = _outer([profiles[1], weights[2]]) + _outer([weights[1], profiles[2]])
-    left = torch.cat([profiles[0], weights[0]], dim=-2).transpose(-1, -2)  # (I, K, n_1, 2 M)
-    right = torch.cat([_outer(weights[1:]), right], dim=-2)  # (I, K, 2 M, rest)
+        rows = _outer([rows, weights[1]]) + _outer([weights[0], profiles[1]])
+    # Slot 0, the image, has no bands: no rows.
+    left = torch.cat([rows[:, :, 1:], _outer(weights[:-1])], dim=-2).transpose(-1, -2)  # (I, K, rest, 2 M - 1)
+    right = torch.cat([weights[-1][:, :, 1:], profiles[-1]], dim=-2)  # (I, K, 2 M - 1, n_last)
     background = channels - left.shape[1]
     if background:
         # The background takes part with zero factors: one product then writes the whole gradient.
         left, right = (torch.nn.functional.pad(factor, (0, 0, 0, 0, background, 0)) for factor in (left, right))
-    grad = (left @ right).unflatten(-1, plan.shape[1:])
+    grad = (left @ right).unflatten(2, plan.shape[:-1])
     if sign is None:
         grad[:, background:] += inside.to(work)[..., *[None] * len(plan.shape)] * inside_mask(plan)
     return plan.samples(grad.to(dtype))
