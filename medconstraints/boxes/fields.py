@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jsonschema
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Refusal", "checked_classes", "class_number", "coordinate_system", "vector"]
+__all__ = ["CLASSES", "Refusal", "class_number", "coordinate_system", "fit_schema", "vector"]
 
 SYSTEMS = {"voxel": "voxel", "ras": "RAS", "lps": "LPS"}
+CLASSES = {
+    "description": "map names to class numbers from 1 on",
+    "type": "object",
+    "additionalProperties": {"type": "integer", "minimum": 1, "description": "class numbers count from 1 on"},
+}
 LARGEST = 1e9  # coordinates beyond this are mistakes, and would overflow
 
 
@@ -20,12 +25,14 @@ class Refusal(Exception):
     """Why a row, or a whole file, cannot be used; `read_boxes` turns it into a BoxFileError."""
 
 
-def checked_classes(classes: Mapping[str, int], name: str) -> dict[str, int]:
-    """Copy class name -> number; ValueError, in which ``name`` names the mapping, unless the numbers start at 1."""
-    for label, number in classes.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must map names to class numbers from 1 on, got {label!r}: {number!r}.")
-    return dict(classes)
+def fit_schema(content: Any, schema: Mapping[str, Any]) -> None:
+    """Refuse what does not fit a JSON schema; the description of the part that is broken says what to do."""
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(content))
+    if error is not None:
+        # Positions count from 1, as everywhere in these files.
+        where = "".join(f"_{part + 1}" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
+        hint = error.schema.get("description")
+        raise Refusal(f"{where and f'{where[1:]}: '}{error.message}{f'; {hint}' if hint else ''}")
 
 
 def class_number(value: Any, names: Mapping[str, int]) -> int:
@@ -64,21 +71,15 @@ def coordinate_system(value: Any) -> str:
     return system
 
 
-def vector(values: Any, name: str, size: int) -> npt.NDArray[np.float64]:
-    """``size`` finite numbers; texts of numbers too, as CSV has them."""
-    if not isinstance(values, list):
-        raise Refusal(f"{name!r} must be a list of {size} numbers, got {values!r}")
-    if len(values) != size:
-        raise Refusal(f"{name!r} has {len(values)} numbers, expected {size}")
+def vector(values: Sequence[Any], name: str) -> npt.NDArray[np.float64]:
+    """Finite numbers; texts of numbers too, as CSV has them."""
     out = []
     for i, value in enumerate(values, start=1):
-        if value == "":
-            raise Refusal(f"{name}_{i} is empty; fill it in")
         try:
-            number = math.nan if value is None or isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise Refusal(f"{name}_{i} is {value!r}, which is no number") from None
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise Refusal(f"{name}_{i} is {value!r}, which is no number; correct it") from None
         if not abs(number) < LARGEST:  # also NaN
             raise Refusal(f"{name}_{i} is {value!r}; every coordinate must be a finite number, below {LARGEST:g}")
         out.append(number)
-    return np.array(out, dtype=np.float64)
+    return np.array(out)

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
-from medconstraints.boxes.fields import Refusal, checked_classes
+from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema
 from medconstraints.boxes.geometry import AffineLike, checked_grid
 from medconstraints.boxes.records import FORMATS, read_records
 from medconstraints.boxes.rows import box_row
@@ -146,7 +146,11 @@ def read_boxes(
             raise ValueError(f"stored_shape has {stored.ndim} sizes and shape {target.ndim}: they must agree.")
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, with the background, got {num_classes}.")
-    names = checked_classes(classes or {}, "classes")
+    names = dict(classes or {})
+    try:
+        fit_schema(names, CLASSES)
+    except Refusal as fault:
+        raise ValueError(f"classes: {fault}.") from None
     if not path.is_file():
         raise FileNotFoundError(f"no box file at {path}")
 

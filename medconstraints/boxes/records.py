@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medconstraints.boxes.fields import Refusal, checked_classes
-from medconstraints.boxes.slicer import check_schema
+from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema
+from medconstraints.boxes.slicer import SLICER_SCHEMA
 
 __all__ = ["FORMATS", "Record", "read_records"]
 
 FORMATS = ("json", "csv", "slicer")
 EXTENSIONS = {".csv": "csv", ".mrk.json": "slicer", ".json": "json"}  # the first that fits
+SCHEMA = {
+    "description": "a JSON box file is an object with these",
+    "type": "object",
+    "required": ["coordinate_system", "boxes"],
+    "properties": {"boxes": {"type": "array"}, "classes": CLASSES},
+}
 SHOWN_PARTS = 3  # of an image's path in a message
 
 
@@ -47,37 +53,19 @@ def read_records(path: Path, format: str | None, ndim: int, image: str | None) -
         document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise Refusal(f"is not valid JSON ({error}); correct it or export it again") from None
-    if not isinstance(document, dict):
-        raise Refusal(f"holds a JSON {type(document).__name__}; expected an object with a list 'boxes' or 'markups'")
-    return _json_records(document, slicer=kind == "slicer" or (format is None and "markups" in document))
-
-
-def _json_records(document: Mapping[str, Any], *, slicer: bool) -> tuple[list[Record], dict[str, int]]:
-    key = "markups" if slicer else "boxes"
-    entries = document.get(key)
-    if not isinstance(entries, list):
-        raise Refusal(f"has no list {key!r}; a {'Slicer' if slicer else 'JSON'} box file needs one")
-    shared: dict[str, Any] = {}
-    if slicer:
-        check_schema(document)
-    elif "coordinate_system" in document:
-        shared = {"coordinate_system": document["coordinate_system"]}
+    if kind == "slicer" or (format is None and isinstance(document, dict) and "markups" in document):
+        fit_schema(document, SLICER_SCHEMA)
+        entries, key, shared = document["markups"], "markups", {}
     else:
-        raise Refusal('has no \'coordinate_system\'; add "voxel", "RAS" or "LPS"')
-    names = document.get("classes", {})
-    if not isinstance(names, dict):
-        raise Refusal("'classes' must be an object from class name to number")
-    try:
-        names = checked_classes(names, "'classes'")
-    except ValueError as error:
-        raise Refusal(str(error)) from None
-    no_object = f"is not an object with {'an ROI' if slicer else 'class, start and stop'}; correct the entry"
-    records = []
-    for i, entry in enumerate(entries):
-        usable = isinstance(entry, dict)
-        fields = {**shared, **entry} if usable else {}
-        records.append(Record(i, f"{key}[{i}]", fields, slicer, fault="" if usable else no_object))
-    return records, names
+        fit_schema(document, SCHEMA)
+        entries, key, shared = document["boxes"], "boxes", {"coordinate_system": document["coordinate_system"]}
+    records = [
+        Record(i, f"{key}[{i}]", {**shared, **entry}, slicer=key == "markups")
+        if isinstance(entry, dict)
+        else Record(i, f"{key}[{i}]", {}, fault=f"is no object, got {entry!r}; correct the entry")
+        for i, entry in enumerate(entries)
+    ]
+    return records, document.get("classes", {})
 
 
 def _csv_records(text: str, ndim: int, image: str | None) -> list[Record]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, vector
+from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, fit_schema, vector
 from medconstraints.boxes.geometry import (
     SLACK_VOXELS,
     Array,
@@ -42,13 +43,11 @@ def box_row(
         label = roi_class(fields, names, file_name)
         _check_class(label, num_classes)
     else:
-        for key in ("class", "start", "stop"):
-            if key not in fields:
-                raise Refusal(f"has no {key!r}; add it")
+        fit_schema(fields, _schema(ndim))
         label = class_number(fields["class"], names)
         _check_class(label, num_classes)
         system = coordinate_system(fields["coordinate_system"])
-        start, stop = vector(fields["start"], "start", ndim), vector(fields["stop"], "stop", ndim)
+        start, stop = vector(fields["start"], "start"), vector(fields["stop"], "stop")
         if system == "voxel":
             _check_voxels(start, stop, stored)
             if target.same_as(stored):
@@ -67,6 +66,17 @@ def box_row(
         if problem:
             raise Refusal(f"{problem}, as the image is now: read boxes before any crop")
     return [label, *fit_to_grid(solid, target)]
+
+
+def _schema(ndim: int) -> dict[str, Any]:
+    """Of the fields of one box; CSV has numbers as texts."""
+    corner = {"type": "array", "minItems": ndim, "maxItems": ndim, "items": {"type": ["number", "string"]}}
+    corner["description"] = f"a corner is a list of {ndim} numbers"
+    return {
+        "description": "add it",
+        "required": ["class", "start", "stop"],
+        "properties": {"start": corner, "stop": corner},
+    }
 
 
 def _check_class(label: int, num_classes: int | None) -> None:

@@ -8,58 +8,63 @@ from typing import Any
 
 import numpy as np
 
-from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, vector
+from medconstraints.boxes.fields import CLASSES, Refusal, class_number, coordinate_system, fit_schema, vector
 from medconstraints.boxes.geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
 
-__all__ = ["check_schema", "roi_class", "roi_solid", "slicer_document"]
+__all__ = ["SLICER_SCHEMA", "roi_class", "roi_solid", "slicer_document"]
 
 SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/"
     "markups-schema-v1.0.3.json#"
 )
+SLICER_SCHEMA = {
+    "description": "a Slicer box file is an object with these",
+    "type": "object",
+    "required": ["markups"],
+    "properties": {
+        "@schema": {
+            "pattern": r"[Mm]arkups-schema-v1\.\d+\.\d+\.json",
+            "description": "expected Slicer's markups-schema-v1.x, save it with Slicer 4.11+",
+        },
+        "markups": {"type": "array"},
+        "classes": CLASSES,
+    },
+}
+_NUMBERS = {"type": "array", "items": {"type": "number"}, "description": "place the ROI in Slicer and save it again"}
+ROI_SCHEMA = {
+    "description": "place the ROI in Slicer and save it again",
+    "required": ["type", "center", "size"],
+    "properties": {
+        "type": {"const": "ROI", "description": "keep only ROI boxes in the file"},
+        "roiType": {"const": "Box", "description": "draw it as a box ROI in Slicer"},
+        "insideOut": {"enum": [False], "description": "it would exclude the object: switch 'inside out' off in Slicer"},
+        "coordinateUnits": {
+            "anyOf": [{"const": "mm"}, {"type": "array", "prefixItems": [{"const": "mm"}]}],
+            "description": "save it in millimetres",
+        },
+        "center": _NUMBERS | {"minItems": 3, "maxItems": 3},
+        "size": _NUMBERS | {"minItems": 3, "maxItems": 3, "items": {"type": "number", "minimum": 0}},
+        "orientation": _NUMBERS | {"minItems": 9, "maxItems": 9},
+    },
+}
 # Names that Slicer gives by itself ("R", "R_1", "ROI", then "-1" for the point): they say nothing about the class.
 DEFAULT_NAME = re.compile(r"(R|ROI)?(_\d+)?(-\d+)?")
-
-
-def check_schema(document: Mapping[str, Any]) -> None:
-    """Refuse a document that names another schema than Slicer's 1.x; naming none is fine."""
-    schema = str(document.get("@schema", SCHEMA))
-    if not re.search(r"markups-schema-v1\.\d+\.\d+\.json", schema.lower()):
-        raise Refusal(f"has the schema {schema!r}; expected Slicer's markups-schema-v1.x, save it with Slicer 4.11+")
 
 
 def roi_solid(fields: Mapping[str, Any], ndim: int) -> tuple[str, Solid]:
     """Coordinate system ("RAS" or "LPS") of a markup, and its box."""
     if ndim != 3:
         raise Refusal("is a Slicer ROI, which is three-dimensional, but the image is 2D; use a JSON or CSV box file")
-    kind = fields.get("type")
-    if kind != "ROI":
-        raise Refusal(f"is a {kind!r} markup, not an ROI; keep only ROI boxes in the file")
-    if fields.get("roiType", "Box") != "Box":
-        raise Refusal(f"has the roiType {fields['roiType']!r}; only 'Box' can be read, draw it as a box ROI in Slicer")
-    if fields.get("insideOut"):
-        raise Refusal("is marked 'inside out': it would exclude the object; switch that off in Slicer and save again")
-    units = fields.get("coordinateUnits", "mm")
-    if (units[0] if isinstance(units, list) and units else units) != "mm":
-        raise Refusal(f"is in {units!r}; save it in millimetres")
+    # Hand-written files leave the centre to the only control point, as Slicer accepts; it writes null for what is not.
+    fields = {"center": _control_point(fields).get("position")} | {k: v for k, v in fields.items() if v is not None}
+    fit_schema(fields, ROI_SCHEMA)
     system = coordinate_system(fields.get("coordinateSystem", "LPS"))
     if system == "voxel":
         raise Refusal("unknown coordinate system 'voxel' for a Slicer ROI; use LPS or RAS")
-    position = fields.get("center")
-    if position is None:  # hand-written files leave it to the only control point, as Slicer accepts
-        position = _control_point(fields).get("position")
-    for key, value in (("center", position), ("size", fields.get("size"))):
-        if value is None:
-            raise Refusal(f"has no {key!r}; place the ROI in Slicer and save it again")
-    centre, size = vector(position, "center", 3), vector(fields["size"], "size", 3)
-    axes = np.eye(3)
-    if fields.get("orientation") is not None:
-        axes = vector(fields["orientation"], "orientation", 9).reshape(3, 3)
+    centre, size = vector(fields["center"], "center"), vector(fields["size"], "size")
+    axes = vector(fields.get("orientation", np.eye(3).ravel()), "orientation").reshape(3, 3)
     if not np.allclose(axes.T @ axes, np.eye(3), rtol=0, atol=1e-3):
         raise Refusal("'orientation' is not a rotation: its columns must be orthogonal unit vectors")
-    if (size < 0).any():
-        axis = int(np.flatnonzero(size < 0)[0]) + 1
-        raise Refusal(f"has the size {size[axis - 1]:g} mm along ROI axis {axis}; it must not be negative")
     if not size.any():
         raise Refusal("is empty: its size is 0 mm in every direction; draw it again in Slicer, it may be flat in one")
     solid = Solid(centre, axes * with_thickness(size))
