@@ -1,8 +1,7 @@
 """Transforms: from labels or box files to the targets of the losses; imported as `medconstraints.transforms`."""
 
 from medconstraints.transforms.bounds import LabelToBoundsd, label_to_bounds, presence_bounds
-from medconstraints.transforms.box_grid import BoxesToGridd
-from medconstraints.transforms.boxes import LabelToBoxesd
+from medconstraints.transforms.boxes import BoxesToGridd, LabelToBoxesd
 from medconstraints.transforms.chains import (
     bounds_transforms,
     box_transforms,
