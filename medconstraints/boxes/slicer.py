@@ -56,13 +56,14 @@ def roi_solid(fields: Mapping[str, Any], ndim: int) -> tuple[str, Solid]:
     if ndim != 3:
         raise Refusal("is a Slicer ROI, which is three-dimensional, but the image is 2D; use a JSON or CSV box file")
     # Hand-written files leave the centre to the only control point, as Slicer accepts; it writes null for what is not.
-    fields = {"center": _control_point(fields).get("position")} | {k: v for k, v in fields.items() if v is not None}
-    fit_schema(fields, ROI_SCHEMA)
-    system = coordinate_system(fields.get("coordinateSystem", "LPS"))
+    roi: dict[str, Any] = {"center": _control_point(fields).get("position")}
+    roi |= {key: value for key, value in fields.items() if value is not None}
+    fit_schema(roi, ROI_SCHEMA)
+    system = coordinate_system(roi.get("coordinateSystem", "LPS"))
     if system == "voxel":
         raise Refusal("unknown coordinate system 'voxel' for a Slicer ROI; use LPS or RAS")
-    centre, size = vector(fields["center"], "center"), vector(fields["size"], "size")
-    axes = vector(fields.get("orientation", np.eye(3).ravel()), "orientation").reshape(3, 3)
+    centre, size = vector(roi["center"], "center"), vector(roi["size"], "size")
+    axes = vector(roi.get("orientation", np.eye(3).ravel()), "orientation").reshape(3, 3)
     if not np.allclose(axes.T @ axes, np.eye(3), rtol=0, atol=1e-3):
         raise Refusal("'orientation' is not a rotation: its columns must be orthogonal unit vectors")
     if not size.any():
