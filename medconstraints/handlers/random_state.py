@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 __all__ = ["kept_random_state"]
 
@@ -35,7 +36,7 @@ def kept_random_state(data_loader: Any, device: torch.device) -> Iterator[None]:
         >>> bool(torch.rand(()) == first)
         True
     """
-    if getattr(data_loader, "persistent_workers", False):
+    if isinstance(data_loader, DataLoader) and data_loader.persistent_workers:
         raise ValueError(
             "data_loader: the random states of persistent workers cannot be put back; give one without "
             "persistent_workers."
