@@ -51,7 +51,7 @@ def main() -> None:
         )
         boxes = trainer([], datalist, Path(folder))
         labels = trainer(["full_supervision"], datalist, Path(folder))
-        labels.loss_function = lambda output, label: F.cross_entropy(output, label[:, 0].long())
+        labels.loss_function = lambda output, target: F.cross_entropy(output, target["label"][:, 0].long())
         for engine in (boxes, labels):
             engine.logger.setLevel(logging.WARNING)
         times = medians_ms({"boxes": boxes.run, "cross_entropy": labels.run}, runs=args.runs, warmup=1)
