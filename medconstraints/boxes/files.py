@@ -40,8 +40,8 @@ import numpy.typing as npt
 import torch
 
 from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema
-from medconstraints.boxes.geometry import AffineLike, checked_grid
-from medconstraints.boxes.records import FORMATS, read_records
+from medconstraints.boxes.geometry import AffineLike, Grid, checked_grid
+from medconstraints.boxes.records import FORMATS, Record, read_records
 from medconstraints.boxes.rows import box_row
 from medconstraints.boxes.slicer import slicer_document
 
@@ -100,27 +100,22 @@ def read_boxes(
 ) -> torch.Tensor:
     r"""Read a box file into rows ``[class, start_1..start_D, stop_1..stop_D]`` of one voxel grid.
 
-    The formats and the meaning of the coordinates are described at the top of this module. A file without boxes gives a
-    tensor of no rows. All faulty rows of a file are reported in one error.
+    Formats and coordinates are described at the top of this module. All faulty rows of a file make one error.
 
     Args:
         path: the box file.
         affine: voxel index -> RAS mm of the grid in which the rows are wanted, (4, 4) as nibabel's; (3, 3) also for 2D.
         shape: spatial shape of that grid, two or three sizes.
-        classes: class name -> number; adds to the names that the file defines. Where any names are known, numbers other
-            than theirs are refused.
-        num_classes: classes of the network with the background; rows of a class that is not in 1..num_classes - 1 are
-            refused. None allows every number.
+        classes: class name -> number, besides those of the file. Where any are known, other numbers are refused.
+        num_classes: classes of the network with the background; others are refused. None allows every number.
         format: "json", "csv" or "slicer"; None chooses by extension and, for JSON, by content.
         image: path of the volume, with or without extension: selects the rows of a CSV file that has a column
-            ``image``, which gives as many of the last folders as it likes. Files without that column belong to one
-            volume and ignore it.
-        stored_affine: affine of the grid to which ``voxel`` coordinates refer, when the image was re-oriented or
-            resampled after loading; default: ``affine``.
-        stored_shape: spatial shape of that grid; default: ``shape``.
+            ``image``. Files without that column belong to one volume and ignore it.
+        stored_affine: affine of the grid to which ``voxel`` coordinates refer, where it is another.
+        stored_shape: spatial shape of that grid.
 
     Returns:
-        int64 tensor (N, 1 + 2 D), inside the volume, no padding rows.
+        int64 tensor (N, 1 + 2 D), inside the volume, no padding rows; N = 0 for a file without boxes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -136,34 +131,14 @@ def read_boxes(
     path = Path(path).expanduser()
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS} or None, got {format!r}.")
-    target = checked_grid(affine, shape, "affine", "shape")
-    if (stored_affine is None) != (stored_shape is None):
-        raise ValueError("give stored_affine and stored_shape together, or neither.")
-    stored = target
-    if stored_affine is not None and stored_shape is not None:
-        stored = checked_grid(stored_affine, stored_shape, "stored_affine", "stored_shape")
-        if stored.ndim != target.ndim:
-            raise ValueError(f"stored_shape has {stored.ndim} sizes and shape {target.ndim}: they must agree.")
+    target, stored = _grids(affine, shape, stored_affine, stored_shape)
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, with the background, got {num_classes}.")
-    names = dict(classes or {})
-    try:
-        fit_schema(names, CLASSES)
-    except Refusal as fault:
-        raise ValueError(f"classes: {fault}.") from None
     if not path.is_file():
         raise FileNotFoundError(f"no box file at {path}")
-
-    try:
-        records, file_names = read_records(path, format, target.ndim, image)
-        for name, number in file_names.items():
-            if names.setdefault(name, number) != number:
-                raise Refusal(f"class {name!r} is {number} in this file but {names[name]} in classes=; use one number")
-    except Refusal as fault:
-        raise BoxFileError(path, [BoxFault(None, "", str(fault))]) from None
-
+    names = _checked_names(classes)
     rows, faults = [], []
-    for record in records:
+    for record in _named_records(path, format, target.ndim, image, names):
         try:
             rows.append(box_row(record, names, target, stored, path.name, num_classes))
         except Refusal as fault:
@@ -171,6 +146,42 @@ def read_boxes(
     if faults:
         raise BoxFileError(path, faults)
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 1 + 2 * target.ndim)
+
+
+def _grids(
+    affine: AffineLike, shape: Sequence[int], stored_affine: AffineLike | None, stored_shape: Sequence[int] | None
+) -> tuple[Grid, Grid]:
+    """The wanted grid and the stored one."""
+    target = checked_grid(affine, shape, "affine", "shape")
+    if stored_affine is None and stored_shape is None:
+        return target, target
+    if stored_affine is None or stored_shape is None:
+        raise ValueError("give stored_affine and stored_shape together, or neither.")
+    stored = checked_grid(stored_affine, stored_shape, "stored_affine", "stored_shape")
+    if stored.ndim != target.ndim:
+        raise ValueError(f"stored_shape has {stored.ndim} sizes and shape {target.ndim}: they must agree.")
+    return target, stored
+
+
+def _checked_names(classes: Mapping[str, int] | None) -> dict[str, int]:
+    names = dict(classes or {})
+    try:
+        fit_schema(names, CLASSES)
+    except Refusal as fault:
+        raise ValueError(f"classes: {fault}.") from None
+    return names
+
+
+def _named_records(path: Path, format: str | None, ndim: int, image: str | None, names: dict[str, int]) -> list[Record]:
+    """Records of a file; the class names that it defines are added to `names`."""
+    try:
+        records, file_names = read_records(path, format, ndim, image)
+        for name, number in file_names.items():
+            if names.setdefault(name, number) != number:
+                raise Refusal(f"class {name!r} is {number} in this file but {names[name]} in classes=; use one number")
+    except Refusal as fault:
+        raise BoxFileError(path, [BoxFault(None, "", str(fault))]) from None
+    return records
 
 
 def write_boxes(
