@@ -263,7 +263,7 @@ def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name}: expected {_kind(default)}, got {value!r}"
     elif value.startswith(("$", "@", "%")):
         return
-    elif value.lower() in SPELLING:
+    elif value.lower() in SPELLING and not (value == "none" and isinstance(default, str)):  # a choice of that name
         yield f"--{name} {value}: is passed on as a text; write --{name} {SPELLING[value.lower()]}"
     elif isinstance(default, bool | int | float | list):
         yield f"--{name}: expected {_kind(default)}, got the text {value!r}"

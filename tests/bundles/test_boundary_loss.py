@@ -247,7 +247,8 @@ def labels_of(dataset_dir):
 def test_maps_are_those_of_the_whole_volume(bundle, parsed, dataset_dir, options):
     """Without augmentation: 3D or 2D, of all classes, in the spacing of the oblique, flipped and permuted files."""
     change = TRAIN | {"train#preprocessing#patches": [], "train#preprocessing#intensities": []} | options
-    dataset = parsed(bundle, "train", "train#dataset", dataset_dir=dataset_dir, **change)
+    # The Hausdorff loss reads the label and the spacing, too.
+    dataset = parsed(bundle, CONFIGS, "train#dataset", dataset_dir=dataset_dir, distance="hausdorff", **change)
     assert len(dataset) == 4
     for item, (label, spacing) in zip(dataset, labels_of(dataset_dir), strict=True):
         assert np.array_equal(plain(item["label"])[0], label)

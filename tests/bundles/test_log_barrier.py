@@ -304,19 +304,20 @@ def test_validation_of_discs(toy, read_table):
 
 
 def test_full_supervision(bundle, run_bundle, two_class_cohort, tmp_path):
-    """Every voxel is labelled, and nothing else is asked for."""
+    """Every voxel is labelled, and nothing else is asked for: the constraints have no weight and are not computed."""
     got = []
 
     def look(workflow):
         loss = workflow.parser.get_parsed_content("loss")
         loss.register_forward_pre_hook(lambda module, given: got.append((module, given[1])))
 
-    base = {key: value for key, value in TRAIN.items() if "_bounds" not in key and key != "weak_source"} | {"epochs": 1}
+    left_to_the_overlay = ("weak_source", "size_weight", "centroid_weight")
+    base = {key: value for key, value in TRAIN.items() if key not in left_to_the_overlay} | {"epochs": 1}
     options = {"dataset_dir": two_class_cohort.parent, "output_dir": tmp_path}
     run_bundle(bundle, ["train", "full_supervision"], before_run=look, **base | options)
     assert len(got) == 2
     for loss, target in got:
-        assert [*loss.losses] == ["partial_ce"]
+        assert loss.weights == {"partial_ce": 1, "size": 0, "centroid": 0}
+        assert loss.losses["size"].last is None
         assert bool((target["weak_label"] >= 0).all())
     assert {"last.pt", "model.pt"} <= {path.name for path in tmp_path.iterdir()}
-    assert not (tmp_path / "constraints.csv").exists()
