@@ -129,7 +129,8 @@ def commands(dataset: str, options: str, seed: int, name: str) -> list[list[str]
     epochs, training, inference, structures = SETS[dataset]
     configs = f"{BUNDLE}/configs"
     run = ["python", "-m", "monai.bundle", "run", "--bundle_root", BUNDLE, "--config_file"]
-    train = [*run, f"['{configs}/train.json','{configs}/slices.json']", "--datalist", f"lists/{dataset}.json"]
+    overlays = ",".join(f"'{configs}/{name}.json'" for name in ("train", "slices", "comparators"))
+    train = [*run, f"[{overlays}]", "--datalist", f"lists/{dataset}.json"]
     train += ["--output_dir", f"runs/{name}", "--seed", str(seed), "--epochs", str(epochs)]
     train += shlex.split(training) + shlex.split(options)
     predict = [*run, f"['{configs}/inference.json','{configs}/inference_slices.json']"]
