@@ -134,18 +134,11 @@ class BoxPriorLoss(ConstrainedLoss):
         input = plain(input)
         with torch.autocast(input.device.type, enabled=False):
             batch = self._batch(input, target, probabilities)
-            if self.formulation.has_multipliers:
-                constraints = self._constraints(batch)
-                table = self.formulation(constraints.residual, constraints.index) * batch.table(batch.weight)
-            else:
-                table = batch.table(self.formulation(batch.residual) * batch.weight)
-            if self.emptiness == "cross_entropy":  # no constraint: the row is the cost itself
-                missed = batch.table(batch.residual * batch.weight)
-                table = torch.cat([table[..., :-1], missed[..., -1:]], -1)
+            cost = self._costs(batch)
             # "relative" is a mean already.
             images = len(batch.plan.volume) if self.normalization == "paper" and self.reduction == "mean" else 1
-            self._seen = batch._replace(residual=batch.residual.detach()), table.detach() / images
-            value = table.sum(-1) if self.reduction == "none" else table.sum() / images
+            self._seen = batch._replace(residual=batch.residual.detach()), cost.detach() / images
+            value = batch.table(cost).sum(-1) if self.reduction == "none" else cost.sum() / images
             return value.to(batch.dtype)
 
     def residual(
@@ -178,8 +171,8 @@ class BoxPriorLoss(ConstrainedLoss):
         """
         if self._seen is None:
             return {}
-        batch, table = self._seen
-        sums = table.sum((0, 1)).float()
+        batch, cost = self._seen
+        sums = batch.table(cost).sum((0, 1)).float()
         terms = {"tightness": sums[0], "size": sums[1] + sums[2], "emptiness": sums[3]}
         bands, groups = len(batch.plan.bands.width), batch.plan.volume.size
         for name, rows in (("tightness", slice(bands)), ("size", slice(bands, bands + 2 * groups))):
@@ -231,6 +224,21 @@ class BoxPriorLoss(ConstrainedLoss):
             index=None if index is None else torch.as_tensor(index),
             dtype=probs.dtype,
         )
+
+    def _costs(self, batch: _Batch) -> Tensor:
+        """Weighted costs of the rows, (R,), or with multipliers of the functions, (B, K, 4)."""
+        if self.formulation.has_multipliers:
+            constraints = self._constraints(batch)
+            cost = self.formulation(constraints.residual, constraints.index) * batch.table(batch.weight)
+        else:
+            cost = self.formulation(batch.residual) * batch.weight
+        if self.emptiness == "constraint":
+            return cost
+        missed = batch.residual * batch.weight  # no constraint: the row is the cost itself
+        if self.formulation.has_multipliers:
+            return torch.cat([cost[..., :-1], batch.table(missed)[..., -1:]], -1)
+        groups = batch.plan.volume.size
+        return torch.cat([cost[:-groups], missed[-groups:]])
 
     def _constraints(self, batch: _Batch) -> Residuals:
         """One residual for each function, see `residual`."""
@@ -289,7 +297,9 @@ class _Batch(NamedTuple):
         return images // self.plan.num_slices, classes, len(FUNCTIONS)
 
     def table(self, values: Tensor) -> Tensor:
-        """Sums of the rows of each sample, class and function, (B, K, 4)."""
+        """Sums of the rows (R,) of each sample, class and function, (B, K, 4); a table stays one."""
+        if values.dim() > 1:
+            return values
         return values.new_zeros(int(np.prod(self.shape))).index_add(0, self.cell, values).view(self.shape)
 
 

@@ -102,7 +102,7 @@ def _gather(probs: Tensor, plan: BoxPlan) -> tuple[Tensor, Tensor, Tensor]:
         inside = (images * inside_mask(plan)).flatten(2).sum(-1)
     else:
         inside = (slots[..., 1:] * plan.slots.sign).sum(-1)
-    return bands, inside, slots[..., 0].clone()
+    return bands, inside, slots[..., 0]
 
 
 def _spread(bands: Tensor, inside: Tensor, total: Tensor, plan: BoxPlan, channels: int, dtype: torch.dtype) -> Tensor:

@@ -252,14 +252,18 @@ def test_each_function_has_its_residual():
     assert loss.residual(whole, boxes).residual[0, 0, 0].item() == pytest.approx(1 - 3)
 
 
-def test_slices_of_a_sample_are_one_function(rng):
-    """Two slices of which one is satisfied: the mean of what is violated, by the voxels of the boxes."""
-    probs = torch.zeros(1, 1, 8, 8, 2)
+def test_slices_of_a_sample_are_one_function():
+    """Three slices: one is satisfied, one is empty but for its box, one has no box and does not count."""
+    probs = torch.zeros(1, 1, 8, 8, 3)
     probs[0, 0, 2:6, 2:6, 0] = 1
     boxes = torch.tensor([[[1, 2, 2, 0, 6, 6, 1], [1, 2, 2, 1, 6, 4, 2]]])
     loss = BoxPriorLoss(QuadraticPenalty(), width=4, filling=(0.5, 1.0), slice_axis=2)
-    residual = loss.residual(probs, boxes).residual
-    assert residual[0, 0].tolist() == pytest.approx([8 / 24, 0.5 * 8 / 24, 0, 0])
+    # the mean of what is violated, by the voxels of the boxes
+    assert loss.residual(probs, boxes).residual[0, 0].tolist() == pytest.approx([8 / 24, 0.5 * 8 / 24, 0, 0])
+    probs[0, 0, 2:6, 2:4, 1] = 0.75
+    # all are satisfied: the row that is nearest to its bound
+    nearest = [1 - 6 / 4, 0.5 - 0.75, 0, 0]
+    assert loss.residual(probs, boxes).residual[0, 0].tolist() == pytest.approx(nearest)
 
 
 @pytest.mark.parametrize("name", ["2D, classes", "2D, cut", "slices 0"])
