@@ -53,9 +53,7 @@ def run_demo(
     if not (bundle / "configs" / "train.json").is_file():
         raise FileNotFoundError(f"bundle: no configs/train.json in {bundle}; give the folder bundles/box_prior.")
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(
-            f"output_dir: {output} holds files already; remove the folder {output} or choose another one."
-        )
+        raise FileExistsError(f"output_dir: {output} holds files already; remove the folder or choose another one.")
     started = time.perf_counter()
     datalist = make_cohort(output / "cohort", num_training=num_training, num_test=num_test, seed=seed)
     _say(f"Made {num_training} volumes to train on, {num_test} to test on and a few to validate, in {datalist.parent}")
@@ -66,7 +64,6 @@ def run_demo(
     masks, weights = output / "masks", output / "run" / "model.pt"
     infer = {"dataset_dir": str(datalist), "output_dir": str(masks), "ckpt_path": str(weights)}
     _run_bundle(bundle, "inference", {**SHAPE, **infer})
-
     scored: dict[str, Any] = {"datalist": datalist, "section": "test", "predictions": masks}
     results = evaluate_predictions(**scored, structures={"organ": [1]})
     scores, page = output / "results.json", output / "report.html"

@@ -80,8 +80,7 @@ def size_proposals(
         max_steps: largest number of steps of "gradient".
 
     Returns:
-        y~, (B, C, *S), and the multipliers lambda of the lower and upper bounds, (B, C, 2); float32 (float64 for
-        float64 input).
+        y~, (B, C, *S), and the multipliers lambda of the lower and upper bounds, (B, C, 2); at least float32.
 
     Raises:
         ValueError: shapes do not fit, a lower bound is above its upper bound, or a label is no class.

@@ -92,36 +92,7 @@ class ENet(nn.Module):
         upsampling: str = "transposed",
     ) -> None:
         super().__init__()
-        if not (_is_int(spatial_dims) and spatial_dims in (2, 3)):
-            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}; ENet is for images and volumes.")
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if not (_is_int(value) and value >= 1):
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
-        if not (
-            isinstance(channels, Sequence)
-            and len(channels) == 3
-            and all(_is_int(c) and c >= _REDUCTION and c % _REDUCTION == 0 for c in channels)
-        ):
-            raise ValueError(
-                f"channels: expected three positive multiples of {_REDUCTION}, for the scales 1/2, 1/4 and 1/8, "
-                f"got {channels!r}; the default is (16, 64, 128)."
-            )
-        if channels[0] <= in_channels:
-            raise ValueError(
-                f"channels: expected the first to be larger than in_channels = {in_channels}, got {channels!r}; "
-                "the pooled image is a part of the first block's output."
-            )
-        if not channels[0] <= channels[1] <= channels[2]:
-            raise ValueError(
-                f"channels: expected them in ascending order, got {channels!r}; downsampling pads the missing channels "
-                "with zeros."
-            )
-        if not (isinstance(dropout, Sequence) and len(dropout) == 2 and all(0 <= p < 1 for p in dropout)):
-            raise ValueError(
-                f"dropout: expected two probabilities in [0, 1), for stage 1 and for the later ones, got {dropout!r}."
-            )
-        if upsampling not in ("transposed", "interpolated"):
-            raise ValueError(f'upsampling: expected "transposed" or "interpolated", got {upsampling!r}.')
+        _check_arguments(spatial_dims, in_channels, out_channels, channels, dropout, upsampling)
         self.spatial_dims = spatial_dims
         dims, (fine, middle, coarse), (early, late) = spatial_dims, channels, dropout
 
@@ -301,6 +272,46 @@ def _extended(x: Tensor) -> Tensor:
             whole = max(whole, 16)
         pad += [0, whole - size]
     return F.pad(x, pad, mode="replicate") if sum(pad) > 0 else x
+
+
+def _check_arguments(
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    channels: Sequence[int],
+    dropout: Sequence[float],
+    upsampling: str,
+) -> None:
+    if not (_is_int(spatial_dims) and spatial_dims in (2, 3)):
+        raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims!r}; ENet is for images and volumes.")
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not (_is_int(value) and value >= 1):
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
+    if not (
+        isinstance(channels, Sequence)
+        and len(channels) == 3
+        and all(_is_int(c) and c >= _REDUCTION and c % _REDUCTION == 0 for c in channels)
+    ):
+        raise ValueError(
+            f"channels: expected three positive multiples of {_REDUCTION}, for the scales 1/2, 1/4 and 1/8, "
+            f"got {channels!r}; the default is (16, 64, 128)."
+        )
+    if channels[0] <= in_channels:
+        raise ValueError(
+            f"channels: expected the first to be larger than in_channels = {in_channels}, got {channels!r}; "
+            "the pooled image is a part of the first block's output."
+        )
+    if not channels[0] <= channels[1] <= channels[2]:
+        raise ValueError(
+            f"channels: expected them in ascending order, got {channels!r}; downsampling pads the missing channels "
+            "with zeros."
+        )
+    if not (isinstance(dropout, Sequence) and len(dropout) == 2 and all(0 <= p < 1 for p in dropout)):
+        raise ValueError(
+            f"dropout: expected two probabilities in [0, 1), for stage 1 and for the later ones, got {dropout!r}."
+        )
+    if upsampling not in ("transposed", "interpolated"):
+        raise ValueError(f'upsampling: expected "transposed" or "interpolated", got {upsampling!r}.')
 
 
 def _is_int(value: object) -> bool:

@@ -23,7 +23,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 
 from medconstraints.data.run_settings import read_settings
-from medconstraints.reports.datalist import find_predictions, read_section
+from medconstraints.reports.datalist import Entry, find_predictions, read_section
 from medconstraints.reports.volumes import Volume, read_labels, require_same_grid
 from medconstraints.version import __version__
 
@@ -124,19 +124,7 @@ def evaluate_predictions(
     checked = _check_structures(structures)
     entries = read_section(datalist, section, base_dir=base_dir)
     masks = find_predictions(entries, predictions, suffix=suffix)
-    cases: list[dict[str, Any]] = []
-    for entry in entries:
-        row: dict[str, Any] = {"name": entry.name, "image": entry.listed}
-        cases.append(row)
-        path = masks[entry.name]
-        if path is None:
-            row["reason"] = f"no prediction {entry.name}{suffix}.nii.gz"
-            logger.warning("%s: %s; it is not in the means.", entry.name, row["reason"])
-            continue
-        reference = read_labels(entry.label, f"label of {entry.name}")
-        prediction = read_labels(path, f"prediction of {entry.name}")
-        require_same_grid(prediction, reference)
-        row |= {name: _score(prediction, reference, values) for name, values in checked.items()}
+    cases = [_scored(entry, masks[entry.name], checked, suffix) for entry in entries]
     scores = {name: [row[name] for row in cases if name in row] for name in checked}
     for name, rows in scores.items():
         if all(score["volume_ml_reference"] == 0 for score in rows):
@@ -148,12 +136,7 @@ def evaluate_predictions(
         "missing": [row["name"] for row in cases if "reason" in row],
         "structures": checked,
         "settings": _shareable(settings),
-        "provenance": {
-            "command": _shareable([Path(sys.executable).name, *sys.orig_argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - start, 2),
-            "versions": {"torch": version("torch"), "monai": version("monai"), "medconstraints": __version__},
-        },
+        "provenance": _provenance(time.perf_counter() - start),
     }
 
 
@@ -182,6 +165,28 @@ def _check_structures(structures: Mapping[str, Sequence[int]]) -> dict[str, list
         if not isinstance(values, (list, tuple)) or not values or any(type(value) is not int for value in values):
             raise ValueError(f"structures: {name!r} has {values!r}; expected a list of label values such as [1, 2].")
     return {name: list(values) for name, values in structures.items()}
+
+
+def _scored(entry: Entry, path: Path | None, structures: Mapping[str, Sequence[int]], suffix: str) -> dict[str, Any]:
+    """Row of one volume; without a prediction with a reason in place of scores."""
+    row: dict[str, Any] = {"name": entry.name, "image": entry.listed}
+    if path is None:
+        row["reason"] = f"no prediction {entry.name}{suffix}.nii.gz"
+        logger.warning("%s: %s; it is not in the means.", entry.name, row["reason"])
+        return row
+    reference = read_labels(entry.label, f"label of {entry.name}")
+    prediction = read_labels(path, f"prediction of {entry.name}")
+    require_same_grid(prediction, reference)
+    return row | {name: _score(prediction, reference, values) for name, values in structures.items()}
+
+
+def _provenance(seconds: float) -> dict[str, Any]:
+    return {
+        "command": _shareable([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "versions": {"torch": version("torch"), "monai": version("monai"), "medconstraints": __version__},
+    }
 
 
 def _score(prediction: Volume, reference: Volume, values: Sequence[int]) -> dict[str, float | None]:

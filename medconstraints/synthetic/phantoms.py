@@ -66,8 +66,7 @@ def make_phantom(
     rng = np.random.default_rng(seed_or_rng)
     # Normalised coordinates: the volume is the cube [-1, 1]^3. Of the organ, |centre| + half width + bend stay below
     # 0.88, inside the body and off the border. It lies on one side of the patient, the distractor on the other.
-    centres = ((2 * np.arange(n) + 1 - n) / n for n in shape)
-    points = np.stack(np.meshgrid(*centres, indexing="ij")).astype(np.float32)
+    points = np.stack(np.meshgrid(*((2 * np.arange(n) + 1 - n) / n for n in shape), indexing="ij")).astype(np.float32)
     bend = np.stack([_smooth_field(rng, shape, 5) for _ in range(3)]) * np.float32(0.09)
     side = rng.choice([-1.0, 1.0])
     centre = rng.uniform([0.15, -0.1, -0.15], [0.25, 0.1, 0.15]) * [side, 1, 1]
@@ -78,7 +77,6 @@ def make_phantom(
         long_axis = np.linalg.eigh(np.cov(inside_mm))[1][:, -1]
         along = np.copysign(1, long_axis[1]) * long_axis @ inside_mm  # rises towards anterior
         label[organ] = np.where(along < np.quantile(along, rng.uniform(0.45, 0.55)), 2, 1)
-
     image = _intensities(rng, points + bend, label, side, noise, distractor)
     affine = np.eye(4)
     axis, degrees = rng.standard_normal(3), oblique_degrees * rng.uniform(0.5, 1)
@@ -105,7 +103,7 @@ def make_cohort(
     oblique_degrees: float = 12.0,
     distractor: bool = True,
 ) -> Path:
-    """Write phantoms and a ``datalist.json``, see :func:`~medconstraints.synthetic.cohort.write_cohort`.
+    """Write phantoms and their ``datalist.json``, whose path is returned; see `write_cohort`.
 
     The files, ``imagesTr/phantom_000.nii.gz`` (int16), ``labelsTr/phantom_000.nii.gz`` (uint8) and so on, have spacings
     that differ by up to 5 % from ``spacing_mm``; their axis codes cycle through RAS, LPS, RAS, LAS, PSR.
@@ -124,9 +122,6 @@ def make_cohort(
         noise: standard deviation, as a share of the contrast.
         oblique_degrees: largest rotation of the voxel axes.
         distractor: whether the second, brighter organ is there.
-
-    Returns:
-        Path of the datalist.
 
     Raises:
         FileExistsError: ``output_dir`` holds a ``datalist.json`` already and ``overwrite`` is False.
