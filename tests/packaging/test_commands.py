@@ -455,12 +455,6 @@ def small(configs, options, folder):
 RUNS = [command for command in WRITTEN if bundle_run(command)]
 
 
-def as_known(command):
-    """A case of the next test, with what is known to fail: choices named none, and full labels for the discs."""
-    known = "none" in command.words or re.search("toy.json.*full_supervision.json", shlex.join(command.words))
-    return pytest.param(command, marks=pytest.mark.xfail(strict=False, reason="see as_known") if known else ())
-
-
 @pytest.fixture
 def _quiet(monkeypatch):
     """Nothing of a run stays: search path, words, hook, threads."""
@@ -474,7 +468,7 @@ def _quiet(monkeypatch):
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("command", [as_known(command) for command in RUNS], ids=str)
+@pytest.mark.parametrize("command", RUNS, ids=str)
 def test_run_can_be_made(command, reader, tmp_path, monkeypatch):
     """Everything up to the start: the engine with its networks, losses, transforms and handlers, for these options."""
     monkeypatch.chdir(reader / command.folder)
