@@ -22,15 +22,10 @@ SHAPE = (48, 64, 48)
 def epoch(datalist: Path, output_dir: Path, *, maps: bool, **options: Any) -> Callable[[], Any]:
     """One epoch of the trainer, without validation, logs and checkpoints; without maps nothing knows of them."""
     if not maps:
-        options["train#deterministic_transforms"] = []
-        options["train#plain_tensors"] = [{"_target_": "EnsureTyped", "keys": ["image", "label"], "track_meta": False}]
-        options["train#selection#keys"] = ["image", "label"]
-        options["train#prepare_batch#target_keys"] = ["label"]
+        plain = [{"_target_": "EnsureTyped", "keys": ["image", "label"], "track_meta": False}]
+        options |= {"train#preprocessing#distance_map": [], "train#preprocessing#plain_tensors": plain}
+        options["loss#losses#boundary"] = {"_target_": "medconstraints.losses.GeneralizedDiceLoss", "softmax": True}
     parser = parsed_bundle("boundary_loss", [], datalist, output_dir, **options)
-    if not maps:
-        for transform in parser["train"]["random_transforms"]:
-            if "distance_map" in transform["keys"]:
-                transform["keys"] = ["image", "label"]
     # Without the handler the weights stay those at the end of the training.
     parser["loss"]["weights"] = {"regional": 1.0, "boundary": 1.0 if maps else 0.0}
     trainer = parser.get_parsed_content("train#trainer")

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,8 @@ SETTINGS_FILE = "settings.json"
 SPELLING = {"true": "True", "false": "False", "none": "'$None'", "null": "'$None'"}
 # Entries of a config that do not tell what is computed.
 NOT_SETTINGS = frozenset({"_meta_", "imports", "initialize", "run", "finalize"})
+# Entries that tools and commands name, whether or not the config at hand reads them.
+STRUCTURAL = frozenset({"bundle_root", "dataset_dir", "output_dir", "imports", "initialize", "run", "finalize", "seed"})
 # What may change when a run goes on: where it runs and writes, how long, and how often it looks.
 FREE_TO_CHANGE = frozenset(
     {
@@ -106,6 +109,12 @@ def check_options() -> None:
     known = _known(call)
     given = call.options if call.options is not None else _changed(call.parser, known)
     faults += [fault for name, value in given.items() for fault in _faults(name, value, known)]
+    if call.options is not None:
+        faults += [
+            f"--{name}: is not used with {', '.join(Path(file).name for file in call.files)}"
+            for name in call.options
+            if not faults and not _is_used(name, call.parser.config)
+        ]
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -250,7 +259,9 @@ def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
     for step in path:
         place = place[int(step)] if isinstance(place, list) and step.isdigit() else place
         place = place.get(step) if isinstance(place, dict) else place
-    inside = last in place if isinstance(place, dict) else isinstance(place, list) and last.isdigit()
+    inside = (
+        last in place if isinstance(place, dict) else isinstance(place, list) and last in map(str, range(len(place)))
+    )
     if not inside and not (path and isinstance(place, dict) and "_target_" in place):
         near = difflib.get_close_matches(last, list(place) if isinstance(place, dict) else known, n=1)
         yield f"--{name}: names no setting{f'; did you mean --{near[0]}?' if near else ''}"
@@ -259,22 +270,48 @@ def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
     if value is None:
         yield f"--{name} None: is dropped by MONAI before it arrives; write --{name} {SPELLING['none']}"
     elif not isinstance(value, str):
-        if isinstance(default, bool) is not isinstance(value, bool) and isinstance(default, bool | int | float):
+        if not _fits(value, default):
             yield f"--{name}: expected {_kind(default)}, got {value!r}"
     elif value.startswith(("$", "@", "%")):
         return
     elif value.lower() in SPELLING and not (value == "none" and isinstance(default, str)):  # a choice of that name
         yield f"--{name} {value}: is passed on as a text; write --{name} {SPELLING[value.lower()]}"
-    elif isinstance(default, bool | int | float | list):
+    elif isinstance(default, bool | int | float | list | dict):
         yield f"--{name}: expected {_kind(default)}, got the text {value!r}"
     elif "#" in value or "::" in value:  # MONAI makes the one of the other
         yield f"--{name}: a # in {value!r} would be taken for a separator; choose a name without it"
 
 
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value that is no text is of the default's kind; an expression or a reference may be anything."""
+    if default is None or (isinstance(default, str) and default.startswith(("$", "@", "%"))):
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int | float) and value == int(value)
+    kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (list, tuple, dict)
+    return isinstance(value, kinds) and not (isinstance(default, dict) and not isinstance(value, dict))
+
+
 def _kind(default: Any) -> str:
     if isinstance(default, bool):
         return "True or False"
-    return 'a list such as "[1, 2]"' if isinstance(default, list) else "a number"
+    if isinstance(default, int | float):
+        return "a whole number" if isinstance(default, int) else "a number"
+    return {list: 'a list such as "[1, 2]"', dict: "a mapping", str: "a text"}.get(
+        type(default), type(default).__name__
+    )
+
+
+def _is_used(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether an entry, or what it stands in, is referred to anywhere; overlays may have replaced what read it."""
+    path = name.replace("::", "#").split("#")
+    if path[0] in STRUCTURAL:
+        return True
+    words = " ".join(str(value) for _, value in _leaves({**config, "_meta_": None}))
+    ids = ["#".join(path[:length]) for length in range(1, len(path) + 1)]
+    return any(re.search(rf"[@%]{re.escape(one)}(?!\w)", words) for one in ids)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

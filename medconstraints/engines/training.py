@@ -16,7 +16,9 @@ from monai.transforms import Transform
 from monai.utils.enums import CommonKeys
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset
+from torch.utils.data import DistributedSampler as TorchDistributedSampler
 
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.losses.base import TargetLoss
@@ -50,7 +52,8 @@ class TargetTrainer(SupervisedTrainer):
         epoch_length, non_blocking, decollate, compile, accumulation_steps: as in MONAI.
 
     Raises:
-        ValueError: both or none of `dataset` and `train_data_loader`.
+        ValueError: both or none of `dataset` and `train_data_loader`, or a loader that does not divide the data among
+            the processes of distributed training.
 
     Example:
         >>> from monai.losses import DiceLoss
@@ -93,6 +96,13 @@ class TargetTrainer(SupervisedTrainer):
         if (dataset is None) == (train_data_loader is None):
             raise ValueError("dataset, train_data_loader: expected exactly one of them, a data set gets its loader.")
         loader = _loader(dataset, batch_size, num_workers) if train_data_loader is None else train_data_loader
+        if train_data_loader is not None and idist.get_world_size() > 1:
+            sampler = train_data_loader.sampler if isinstance(train_data_loader, TorchDataLoader) else None
+            if not isinstance(sampler, TorchDistributedSampler):
+                raise ValueError(
+                    "train_data_loader: expected one with a DistributedSampler, because several processes train; else "
+                    "each would take all data. Give a dataset, whose loader divides it, or use one process."
+                )
         device = torch.device(device)
         if isinstance(loss_function, nn.Module):
             loss_function = loss_function.to(device)

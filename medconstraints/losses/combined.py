@@ -32,13 +32,14 @@ class CombinedLoss(TargetLoss):
         weights: name -> weight; 1 for a name that is left out. A weight is read at every forward pass, so a schedule
             may change `loss.weights[name]`.
         skip_unweighted: leave out losses while their weight is 0, and the time they take; they then have no part in
-            `terms()`, their `last` is None, and what they observe (a Lagrangian its residuals) is not updated.
+            `terms()`, and their `last` is None. A loss whose formulation has multipliers is always left out then: a
+            constraint that has no weight moves none.
 
     Attributes:
         batch_keys: all entries that the losses read, required or optional: what a bundle keeps of an item.
 
     Raises:
-        TypeError: `losses` is not a mapping to modules.
+        TypeError: `losses` is not a mapping to modules, or one is itself a `CombinedLoss`.
         ValueError: no loss, a name in `keys` or `weights` that is no loss, an entry that its loss does not read, a
             weight that is not finite, or a formulation with multipliers that two losses share.
 
@@ -65,6 +66,8 @@ class CombinedLoss(TargetLoss):
             raise TypeError("losses: expected a mapping from names to loss modules.")
         if not losses:
             raise ValueError("losses: expected at least one loss, got none.")
+        if any(isinstance(loss, CombinedLoss) for loss in losses.values()):
+            raise TypeError("losses: expected losses that are no sums themselves; put those of a CombinedLoss in here.")
         keys, weights = keys or {}, weights or {}
         for argument, given in (("keys", keys), ("weights", weights)):
             unknown = sorted(set(given) - set(losses))
@@ -96,7 +99,7 @@ class CombinedLoss(TargetLoss):
         self._last = {}
         shared: dict[Any, Probabilities] = {}
         for name, loss in self.losses.items():
-            if self.skip_unweighted and self.weights[name] == 0:
+            if self.weights[name] == 0 and (self.skip_unweighted or _learns(loss)):
                 if isinstance(loss, TargetLoss):
                     loss.left_out()
                 continue
@@ -186,6 +189,10 @@ def _value(value: Any, key: str, *, keep_meta: bool) -> Tensor:
         return torch.as_tensor(value)
     check_not_resampled(value, key)
     return value if keep_meta else plain(value)
+
+
+def _learns(loss: nn.Module) -> bool:
+    return any(isinstance(module, Formulation) and module.has_multipliers for module in loss.modules())
 
 
 def _check_multipliers(losses: Mapping[str, nn.Module]) -> None:

@@ -22,6 +22,8 @@ CONFIG = {
     "datalist": "$@dataset_dir + '/datalist.json'",
     "output_dir": "$@bundle_root + '/output'",
     "alpha": 0.5,
+    "epochs": 2,
+    "unread": 1,
     "overwrite": False,
     "slice_axis": 1,
     "classes": None,
@@ -30,6 +32,8 @@ CONFIG = {
     "optimizer": {"_target_": "torch.optim.Adam", "lr": "@alpha"},
     "train": {"handlers": {"free": 1}, "random_transforms": ["flip"]},
     "compared": "$data.run_settings()",
+    "reads": "$[@datalist, @epochs, @overwrite, @slice_axis, @classes, @patch_size, @schedule]",
+    "reads_too": "$[@optimizer, @train#random_transforms]",
     "initialize": ["$data.check_options()"],
     "run": ["$data.start_run(@output_dir)"],
 }
@@ -71,9 +75,11 @@ def test_an_option_arrives_as_it_was_meant(config_file, tmp_path, option, value,
     assert found["output_dir"] == str(tmp_path / "run")
 
 
-@pytest.mark.parametrize("option", ["optimizer#lr", "optimizer#betas", "train#random_transforms#0"])
-def test_entries_of_components_and_lists_can_be_set(config_file, tmp_path, option):
-    told(config_file, tmp_path, **{option: 0.25})
+@pytest.mark.parametrize(
+    ("option", "value"), [("optimizer#lr", 0.25), ("optimizer#betas", 0.25), ("train#random_transforms#0", "turn")]
+)
+def test_entries_of_components_and_lists_can_be_set(config_file, tmp_path, option, value):
+    told(config_file, tmp_path, **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,11 @@ def test_entries_of_components_and_lists_can_be_set(config_file, tmp_path, optio
         ("patch_size", "8x8", ["a list", "'8x8'"]),
         ("schedule", "False", ["--schedule False"]),
         ("output_dir", "runs/a::b", ["separator"]),
+        ("epochs", 1.5, ["a whole number", "1.5"]),
+        ("epochs", [1, 2], ["a whole number"]),
+        ("patch_size", 8, ["a list", "8"]),
+        ("optimizer", "adam", ["a mapping", "'adam'"]),
+        ("unread", 2, ["--unread: is not used with train.json"]),
     ],
 )
 def test_an_option_that_would_be_misread_stops_the_run(config_file, tmp_path, option, value, words):

@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceLoss
 from torch import nn
 
-from medconstraints.formulations import Lagrangian, LogBarrierExtension, QuadraticPenalty
+from medconstraints.formulations import Lagrangian, LogBarrierExtension, QuadraticPenalty, ReLULagrangian
 from medconstraints.losses import BoxPriorLoss, CombinedLoss, ConstraintLoss, PartialCrossEntropyLoss
 from medconstraints.losses.base import Probabilities, TargetLoss
 from medconstraints.statistics import soft_mean_intensity, soft_size
@@ -94,12 +94,9 @@ def test_weights_are_read_at_every_pass(logits, target, skip):
     torch.testing.assert_close(loss(logits, target), 0 * logits.mean(), atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_loss_that_is_left_out_needs_no_target_and_has_no_residuals(logits, target, nested):
+def test_a_loss_that_is_left_out_needs_no_target_and_has_no_residuals(logits, target):
     size = size_loss()
-    inner = CombinedLoss({"size": size}, keys={"size": {"bounds": "sizes"}}) if nested else size
-    keys = {} if nested else {"size": {"bounds": "sizes"}}
-    loss = CombinedLoss({"size": inner, "one": Counted()}, keys=keys, skip_unweighted=True)
+    loss = CombinedLoss({"size": size, "one": Counted()}, keys={"size": {"bounds": "sizes"}}, skip_unweighted=True)
     loss(logits, target)
     assert size.last is not None and "size" in loss.terms()
     loss.weights["size"] = 0.0
@@ -164,9 +161,6 @@ def test_declares_what_its_losses_read(target):
     del losses["exact"], keys["exact"]
     loss = CombinedLoss(losses, keys=keys)
     assert loss.optional_keys == ("index",) and loss.batch_keys == (*loss.target_keys, "index")
-    outer = CombinedLoss({"all": loss}, keys={"all": {"sizes": "other"}})
-    assert outer.target_keys == ("label", "other", "spacing", "bounds", "image")
-    assert (outer.host_keys, outer.optional_keys) == ({"other", "index", "bounds"}, ("index",))
 
 
 def test_a_key_that_one_loss_wants_on_the_device_goes_there():
@@ -284,3 +278,19 @@ def test_none_leaves_an_optional_entry_out():
     assert CombinedLoss({"size": size}, keys={"size": {"index": None}}).batch_keys == ("bounds",)
     with pytest.raises(ValueError, match="bounds"):
         CombinedLoss({"size": size}, keys={"size": {"bounds": None}})
+
+
+def test_a_sum_of_sums_is_refused():
+    with pytest.raises(TypeError, match="no sums themselves"):
+        CombinedLoss({"inner": CombinedLoss({"ce": nn.CrossEntropyLoss()})})
+
+
+def test_a_constraint_without_weight_moves_no_multiplier(logits, target):
+    lagrangian = ReLULagrangian(learning_rate=0.1)
+    size = ConstraintLoss(soft_size, lagrangian, softmax=True)
+    loss = CombinedLoss({"size": size}, keys={"size": "sizes"}, weights={"size": 0.0})
+    for weight, moved in ((0.0, False), (1.0, True)):
+        loss.weights["size"] = weight
+        loss(logits, target)
+        lagrangian.step()
+        assert bool((lagrangian.multipliers > 0).any()) == moved
