@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -37,6 +38,8 @@ __all__ = [
     "start_run",
     "write_settings",
 ]
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 SPELLING = {"true": "True", "false": "False", "none": "'$None'", "null": "'$None'"}
@@ -189,6 +192,10 @@ def write_settings(folder: str | Path, weights: str | Path | None = None) -> Non
     }
     if weights is not None and (found := read_settings(Path(weights).parent)):
         content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
+        for name in ("num_classes", "spacing_mm", "nonzero"):
+            then, now = (settings.get(name) for settings in (found.get("settings", {}), content["settings"]))
+            if then != now:
+                logger.warning("%s is %r, but the weights were trained with %r", name, now, then)
     target = Path(folder) / SETTINGS_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -156,15 +156,21 @@ def test_settings_of_a_run_that_goes_on(config_file, tmp_path):
     assert [name for name in base if changed[name] != base[name]] == ["training cases of the datalist"]
 
 
-def test_settings_carry_those_of_the_training(config_file, tmp_path):
+def test_settings_carry_those_of_the_training(config_file, tmp_path, caplog):
     told(config_file, tmp_path, alpha=0.75)
     weights = str(tmp_path / "run" / "model.pt")
-    config = {**CONFIG, "ckpt_path": weights, "run": ["$data.write_settings(@output_dir, @ckpt_path)"]}
+    config = {
+        **CONFIG,
+        "num_classes": 3,
+        "ckpt_path": weights,
+        "run": ["$data.write_settings(@output_dir, @ckpt_path)"],
+    }
     config_file.write_text(json.dumps(config))
     run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "masks"))
     found = read_settings(tmp_path / "masks")
     assert found["settings"]["alpha"] == 0.5
     assert found["training"]["settings"]["alpha"] == 0.75
+    assert "num_classes is 3, but the weights were trained with None" in caplog.text
 
 
 def test_outside_of_a_run_there_is_nothing_to_tell(tmp_path):
