@@ -306,9 +306,9 @@ def _kind(default: Any) -> str:
         return "True or False"
     if isinstance(default, int | float):
         return "a whole number" if isinstance(default, int) else "a number"
-    return {list: 'a list such as "[1, 2]"', dict: "a mapping", str: "a text"}.get(
-        type(default), type(default).__name__
-    )
+    if isinstance(default, list):
+        return 'a list such as "[1, 2]"'
+    return "a mapping" if isinstance(default, dict) else "a text"
 
 
 def _is_used(name: str, config: Mapping[str, Any]) -> bool:

@@ -53,3 +53,10 @@ def test_toy_problem_approaches_the_bound_from_outside():
         optimizer.step()
     assert x.item() == pytest.approx((2 + weight) / (1 + weight), abs=1e-9)
     assert 2 * weight * (x.item() - 1) == pytest.approx(2, rel=0.02)
+
+
+def test_dual_is_the_slope_of_the_cost():
+    residual = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(QuadraticPenalty()(residual).sum(), residual)
+    assert torch.equal(QuadraticPenalty().dual(residual), slope)
+    assert slope.tolist() == [0, 1, 4]

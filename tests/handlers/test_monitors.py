@@ -144,29 +144,29 @@ def test_processes_agree_on_what_is_there(make_trainer, items, other_process, mi
 
 
 class Failing(TargetLoss):
-    """Mean of the output, times a value from the given iteration on; its term "size" tells so."""
+    """Mean of the output, times a value from one iteration on to another; its term "size" tells so."""
 
     target_keys = ()
 
-    def __init__(self, value, start):
+    def __init__(self, value, start, stop):
         super().__init__()
-        self.value, self.start, self.calls = value, start, 0
+        self.value, self.start, self.stop, self.calls = value, start, stop, 0
 
     def forward(self, input, target):
         self.calls += 1
-        self.factor = self.value if self.calls >= self.start else 1.0
+        self.factor = self.value if self.start <= self.calls < self.stop else 1.0
         return input.mean() * self.factor
 
     def terms(self):
         return {"tightness": torch.tensor(1.0), "size": torch.tensor(float(self.factor))}
 
 
-@pytest.mark.parametrize(("value", "start"), [(math.nan, 4), (math.inf, 6)])
-def test_a_loss_that_is_not_finite(make_trainer, items, value, start):
+@pytest.mark.parametrize(("value", "start", "stop"), [(math.nan, 4, 99), (math.inf, 6, 99), (math.nan, 4, 5)])
+def test_a_loss_that_is_not_finite(make_trainer, items, value, start, stop):
     """Three iterations an epoch: the first epoch is whole, the second is not, and nothing after it is called."""
     epochs = []
     handlers = [RequireFiniteLossHandler()]
-    trainer = make_trainer(items, max_epochs=3, loss_function=Failing(value, start), handlers=handlers)
+    trainer = make_trainer(items, max_epochs=3, loss_function=Failing(value, start, stop), handlers=handlers)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: epochs.append(engine.state.epoch))
     with pytest.raises(RuntimeError, match=r"loss: NaN or infinite in epoch 2, in its terms size;"):
         trainer.run()

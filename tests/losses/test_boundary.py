@@ -442,3 +442,11 @@ def test_bad_arguments(options, shape, error, match):
     """At construction, or at the latest when the number of classes is known."""
     with pytest.raises(error, match=match):
         BoundaryLoss(**options)(torch.zeros(shape), torch.randn(shape))
+
+
+def test_either_class_of_two_alone():
+    """The shortcut of two channels, for the background and for the foreground."""
+    logits, maps = torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 5)
+    for cls in (0, 1):
+        expected = (logits.softmax(1) * maps)[:, cls].mean()
+        torch.testing.assert_close(BoundaryLoss(softmax=True, classes=[cls])(logits, maps), expected)

@@ -139,3 +139,9 @@ def test_mistakes_in_options(options, message):
 def test_mistakes_in_input_and_target(shape, target, message):
     with pytest.raises(ValueError, match=message):
         ProposalLoss()(torch.zeros(shape), target)
+
+
+def test_a_probability_of_0_stays_finite():
+    probs = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    bounds = torch.tensor([[[[-torch.inf, torch.inf]], [[2.0, 2.0]]]])
+    assert bool(ProposalLoss(softmax=False)(probs, bounds).isfinite())
