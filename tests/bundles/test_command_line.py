@@ -80,7 +80,8 @@ def test_two_processes_train_one_network(command, environment, tmp_path):
         return run([*torchrun, *command("train", "multi_gpu_train", output_dir=output, epochs=epochs)], environment)
 
     train(1)
-    assert {path.name for path in output.iterdir()} == {"last.pt", "model.pt", "tensorboard"}
+    names = {"constraints.csv", "last.pt", "model.pt", "settings.json", "tensorboard"}
+    assert {path.name for path in output.iterdir()} == names
     parser = ConfigParser({"network_def": TINY["network_def"], "num_classes": 2})
     parser.get_parsed_content("network_def").load_state_dict(load(output / "model.pt"))
     state = load(output / "last.pt")
@@ -145,17 +146,19 @@ def test_a_killed_run_resumes_exactly(command, environment, tmp_path):
     one, two = load(tmp_path / "whole" / "last.pt"), load(last)
     assert one["trainer"] == two["trainer"]
     assert one["evaluator"] == two["evaluator"]
-    assert all(torch.equal(one["network"][name], two["network"][name]) for name in one["network"])
+    one, two = one["objects"]["network"], two["objects"]["network"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
     best = [load(tmp_path / name / "model.pt") for name in ("whole", "cut")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
 
 
 def test_three_dimensional_boxes_by_option(command, environment, tmp_path):
-    """`--slice_axis None` on the command line, and segmenting with what was trained."""
+    """`--slice_axis '$None'` on the command line, and segmenting with what was trained."""
     options = command("train", output_dir=tmp_path / "run", epochs=1)
     tiny = json.loads((tmp_path / "tiny.json").read_text())
-    run([*options, "--slice_axis", "None", "--jitter_voxels", "1"], environment)
+    run([*options, "--slice_axis", "$None", "--jitter_voxels", "1"], environment)
     assert "slice_axis" in tiny
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]["slice_axis"] is None
     masks = command("inference", output_dir=tmp_path / "masks", ckpt_path=tmp_path / "run" / "model.pt")
     datalist = masks[masks.index("--dataset_dir") + 1] + "/datalist.json"
     masks[masks.index("--dataset_dir") + 1] = datalist
