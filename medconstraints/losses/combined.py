@@ -124,13 +124,6 @@ class CombinedLoss(TargetLoss):
                 terms.update({f"{name}_{key}": value for key, value in loss.terms().items()})
         return terms
 
-    def left_out(self) -> None:
-        """None of the losses was computed in this batch."""
-        self._last = {}
-        for loss in self.losses.values():
-            if isinstance(loss, TargetLoss):
-                loss.left_out()
-
     def _declare(self) -> None:
         """The entries that all losses read together, as a loss says them."""
         required: dict[str, None] = {}
