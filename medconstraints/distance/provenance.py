@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-__all__ = ["RECORD", "check_not_resampled", "record", "spacing_now"]
+__all__ = ["RECORD", "check_not_resampled", "is_recorded", "record", "spacing_now"]
 
 RECORD = "distance_map"  # key of the meta data of a map
 TOLERANCE = 1e-3  # of a step
@@ -25,9 +25,14 @@ def record(affine: Tensor, spacing_mm: Sequence[float], scale_mm: float) -> dict
     }
 
 
+def is_recorded(distance_map: Tensor) -> bool:
+    """Whether a tensor, or a batch, says itself that it is a distance map."""
+    return isinstance(distance_map, MetaTensor) and isinstance(distance_map.meta.get(RECORD), Mapping)
+
+
 def spacing_now(distance_map: Tensor) -> Tensor | None:
     """Spacing (D,) or (B, D) of a map that may have been flipped or turned since it was made; None if it is unknown."""
-    if not isinstance(distance_map, MetaTensor) or not isinstance(distance_map.meta.get(RECORD), Mapping):
+    if not is_recorded(distance_map):
         return None
     kept = distance_map.meta[RECORD]
     spacing, dims = kept["spacing_mm"], kept["spacing_mm"].shape[-1]
@@ -54,11 +59,9 @@ def check_not_resampled(distance_map: Tensor, name: str) -> None:
     Raises:
         ValueError: the voxels of a map are no longer those it was made on. The message says what to do.
     """
-    if not isinstance(distance_map, MetaTensor):
+    if not is_recorded(distance_map):
         return
-    kept = distance_map.meta.get(RECORD)
-    if not isinstance(kept, Mapping):
-        return
+    kept = distance_map.meta[RECORD]
     steps, known = _steps(kept["affine"], distance_map.affine)
     # Crops, flips, quarter turns and changed orders of axes make a signed permutation of the old steps.
     whole = np.rint(steps)

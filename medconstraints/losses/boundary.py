@@ -52,6 +52,7 @@ class BoundaryLoss(ProbabilityLoss):
     """
 
     target_keys = ("distance_map",)
+    reads_meta = True  # which tell a map from a label
     weight: Tensor | None
 
     def __init__(
@@ -98,7 +99,7 @@ class BoundaryLoss(ProbabilityLoss):
             probabilities: of this input, if they are shared with other losses.
 
         Raises:
-            ValueError: shapes do not fit, a label in place of a map, a stored map that was not decoded, or a map that
+            ValueError: shapes do not fit, a stored map that was not decoded, or a map that
                 was resampled.
         """
         with torch.autocast(input.device.type, enabled=False):

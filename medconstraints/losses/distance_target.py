@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from medconstraints.checks import plain
-from medconstraints.distance.provenance import check_not_resampled
+from medconstraints.distance.provenance import check_not_resampled, is_recorded
 
 __all__ = ["DistanceMapCheck"]
 
 
 class DistanceMapCheck:
-    """Refuses what is no distance map of the network's output, and remembers that it has seen one.
+    """Refuses what is no distance map of the network's output, and warns of what may be a label.
 
-    Labels are told from maps by their values, which makes the host wait for an accelerator: so that is done until a map
-    with a negative distance was seen.
+    Maps of `SignedDistanceMapd` say what they are in their meta data. Of a tensor without them the values are looked
+    at, which makes the host wait for an accelerator, until one had a negative distance, as every map of all classes
+    has, or the warning was given; `warnings.filterwarnings("ignore", message="distance_map")` switches it off.
     """
 
     def __init__(self) -> None:
@@ -29,9 +32,10 @@ class DistanceMapCheck:
             shape: of the network's output.
 
         Raises:
-            ValueError: another shape or type, a label, or a map that was resampled.
+            ValueError: another shape or type, or a map that was resampled.
         """
         check_not_resampled(distance_map, "distance_map")
+        known = is_recorded(distance_map)
         values = plain(distance_map)
         if not values.is_floating_point():
             raise ValueError(
@@ -41,11 +45,15 @@ class DistanceMapCheck:
             )
         if values.shape != shape:
             raise _no_map(f"one map for each channel of the input, {tuple(shape)}, got {tuple(values.shape)}")
-        if not self.seen:
+        if not (known or self.seen or torch.compiler.is_compiling()):
             low, high = torch.aminmax(values.detach())
-            self.seen = bool(low < 0)
-            if not self.seen and bool(high == 1) and bool(((values == 0) | (values == 1)).all()):
-                raise _no_map("distances in mm, got zeros and ones as of a label")
+            self.seen = bool((low < 0) | (high > 0))
+            if self.seen and bool(low >= 0):
+                warnings.warn(
+                    f"distance_map: no distance of the batch is negative (they are {float(low):g} to {float(high):g}), "
+                    "as if a label had been given; maps are made by SignedDistanceMapd. This is looked at once.",
+                    stacklevel=4,
+                )
         return values
 
 

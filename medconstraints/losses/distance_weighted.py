@@ -20,10 +20,9 @@ class DistanceWeightedCrossEntropyLoss(TargetLoss):
 
     Mean over the voxels p of -sum_c u_c(p) log s_c(p), with u_c(p) = g_c(p) [w_c + w0 exp(-D(p)^2 / (2 sigma^2))] and
     D(p) = |phi_c(p)|, the distance in mm from p to the boundary of its own class. The mean is not divided by the
-    weights. A value of exactly 0 says that there is no boundary: the class is absent or fills the image or the slice,
-    or the voxel is padding. The second part of the weight is then 0. Distances to the faces or the centres of voxels
-    are never 0 otherwise; those of the convention "published" are at the rims inside, and so may be those in coarse
-    int8, which therefore lose that part there.
+    weights. Where the maps of all classes are 0 there is no boundary: one class fills the image or the slice, or the
+    voxel is padding. The second part of the weight is then 0. The maps may be of any convention: a distance of 0 beside
+    another class, as "published" has it at the rims inside, is on the boundary.
 
     Args:
         boundary_weight: w0, weight of a voxel on the boundary.
@@ -43,6 +42,7 @@ class DistanceWeightedCrossEntropyLoss(TargetLoss):
     """
 
     target_keys = ("label", "distance_map")
+    reads_meta = True  # which tell a map from a label
     class_values: Tensor | None
 
     def __init__(
@@ -97,9 +97,9 @@ class DistanceWeightedCrossEntropyLoss(TargetLoss):
     def _weight(self, label: Tensor, distance_map: Tensor, input: Tensor) -> Tensor:
         """Factor u of each voxel's own class, (B, 1, *S)."""
         distance = distance_map.gather(1, label).to(input.dtype)
-        # 0 is no distance but the mark of no boundary: in padding, slices or images that have none.
-        near = torch.exp(distance.square() * (-0.5 / self.sigma_mm**2)) * (distance != 0)
-        near = self.boundary_weight * near
+        # 0 in all maps is no distance but the mark of no boundary: in padding, slices or images that have none.
+        bounded = (distance_map != 0).any(1, keepdim=True)
+        near = self.boundary_weight * torch.exp(distance.square() * (-0.5 / self.sigma_mm**2)) * bounded
         classes = self._class_weights(label, input)
         return near + (1.0 if classes is None else _of_own_class(classes, label))
 

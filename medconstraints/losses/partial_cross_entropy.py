@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medconstraints.checks import plain
+from medconstraints.checks import choice, plain
 from medconstraints.formulations.base import at_least_float32
 from medconstraints.losses.base import TargetLoss, one_entry
 
@@ -18,14 +18,17 @@ __all__ = ["PartialCrossEntropyLoss"]
 class PartialCrossEntropyLoss(TargetLoss):
     """Cross-entropy over the labelled voxels alone (Kervadec 2020, section 2.4.3: H(S) = -sum_{Omega_L} log s).
 
-    `-sum(y log s) / (number of labelled voxels in the batch)`. Voxels with `ignore_index` are not labelled and have no
-    part in it. Without a labelled voxel the loss is 0, and so is its gradient. On the CPU only the labelled voxels are
-    computed, which for points and scribbles is a small part of the image.
+    The mean of `-log s_y` over the labelled voxels of each image, then over the images that have some, so that every
+    image weighs alike: five points keep their pull beside an image that is labelled in full. Voxels with `ignore_index`
+    are not labelled and have no part in it. Without a labelled voxel the loss is 0, and so is its gradient. On the CPU
+    only the labelled voxels are computed, which for points and scribbles is a small part of the image.
 
     Args:
         ignore_index: label of voxels without annotation.
         weight: weight of each class, (C,); the mean is then weighted, as in `torch.nn.CrossEntropyLoss`.
-        reduction: "mean" over the labelled voxels, "sum", or "none" for (B, 1, *S), 0 where there is no label.
+        reduction: "mean", "sum", or "none" for (B, 1, *S), 0 where there is no label.
+        average: what the mean is over: "image" as above, or "batch", all labelled voxels of the batch alike, as
+            published and in `torch.nn.CrossEntropyLoss`.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -41,7 +44,12 @@ class PartialCrossEntropyLoss(TargetLoss):
     weight: Tensor | None
 
     def __init__(
-        self, *, ignore_index: int = -1, weight: Sequence[float] | Tensor | None = None, reduction: str = "mean"
+        self,
+        *,
+        ignore_index: int = -1,
+        weight: Sequence[float] | Tensor | None = None,
+        reduction: str = "mean",
+        average: str = "image",
     ) -> None:
         super().__init__(reduction=reduction)
         if ignore_index != int(ignore_index):
@@ -50,6 +58,7 @@ class PartialCrossEntropyLoss(TargetLoss):
         if values is not None and (values.dim() != 1 or not bool((values.isfinite() & (values >= 0)).all())):
             raise ValueError(f"weight: expected one finite number >= 0 for each class, got {weight!r}.")
         self.ignore_index = int(ignore_index)
+        self.average = choice("average", average, ("image", "batch"))
         self.register_buffer("weight", values)
 
     def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -92,7 +101,7 @@ class PartialCrossEntropyLoss(TargetLoss):
             share = labelled.to(loss.dtype)
             if weight is not None:
                 share = share * weight[label.masked_fill(~labelled, 0)]
-            return loss.sum() / _at_least(share.sum())
+            return self._mean(loss.flatten(1).sum(1), share.flatten(1).sum(1))
 
     def _labelled_only(self, input: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """The same from the labelled voxels alone. Elsewhere than on the CPU their number would make the host wait."""
@@ -112,20 +121,26 @@ class PartialCrossEntropyLoss(TargetLoss):
             )
         # Dense labels (hybrid training) are quicker in one piece; few voxels are quicker one by one.
         if len(chosen) * 8 > label.numel():
-            total = F.cross_entropy(
-                input, label.to(torch.int64), weight=weight, ignore_index=self.ignore_index, reduction="sum"
-            )
+            dense = label.to(torch.int64)
+            cost = F.cross_entropy(input, dense, weight=weight, ignore_index=self.ignore_index, reduction="none")
+            totals = cost.flatten(1).sum(1)
         else:
-            logits = input.movedim(1, -1)[where]
-            total = F.cross_entropy(logits, chosen, weight=weight, reduction="sum")
+            cost = F.cross_entropy(input.movedim(1, -1)[where], chosen, weight=weight, reduction="none")
+            totals = cost.new_zeros(len(input)).index_add(0, where[0], cost)
         if self.reduction == "sum":
-            return total
-        share = torch.tensor(float(len(chosen)), dtype=input.dtype) if weight is None else weight[chosen].sum()
-        return total / _at_least(share)
+            return totals.sum()
+        share = torch.ones(len(chosen), dtype=input.dtype) if weight is None else weight[chosen]
+        return self._mean(totals, share.new_zeros(len(input)).index_add(0, where[0], share))
+
+    def _mean(self, totals: Tensor, shares: Tensor) -> Tensor:
+        """Of the costs and the labelled voxels, or their weights, of each image (B,)."""
+        if self.average == "batch":
+            return totals.sum() / _at_least(shares.sum())
+        return (totals / _at_least(shares)).sum() / _at_least((shares > 0).to(shares).sum())
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
-        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, average={self.average!r}"
 
 
 def _at_least(share: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The check of the losses' distance maps: what passes unchanged, and what is refused with which words."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -59,9 +60,16 @@ REFUSED = {
     "channels": (MAP[:, 1:], r"\(2, 3, 6, 5\), got \(2, 2, 6, 5\); .*num_classes"),
     "patch": (MAP[..., 1:], r"\(2, 3, 6, 5\), got \(2, 3, 6, 4\); .* crop, flip and pad it"),
     "no batch": (MAP[0], r"\(2, 3, 6, 5\), got \(3, 6, 5\)"),
-    "one-hot": (ONE_HOT.float(), "got zeros and ones as of a label; make it with SignedDistanceMapd"),
-    "one-hot, float16": (ONE_HOT.half(), "got zeros and ones as of a label"),
-    "ones": (torch.ones(SHAPE), "got zeros and ones as of a label"),
+}
+# Labels that are floating point, and a map that might be one: one channel, clipped to 1 mm, far from the object.
+LABELS = {
+    "one-hot": ONE_HOT.float(),
+    "one-hot, float16": ONE_HOT.half(),
+    "0 and 2": 2 * ONE_HOT.float(),
+    "0 and 255": 255 * ONE_HOT.float(),
+    "class numbers": LABEL.float().expand(SHAPE),
+    "soft": ONE_HOT.float() / 2 + 0.2,
+    "ones": torch.ones(SHAPE),
 }
 
 
@@ -73,7 +81,7 @@ def test_what_is_no_map_is_refused(target, words):
 
 
 def test_each_loss_refuses_other_targets(loss):
-    for target in (MAP.to(torch.int8), ONE_HOT.byte(), ONE_HOT.float(), MAP[:, 1:]):
+    for target in (MAP.to(torch.int8), ONE_HOT.byte(), MAP[:, 1:]):
         with pytest.raises(ValueError, match=r"^distance_map: expected .*SignedDistanceMapd"):
             loss(target)
 
@@ -90,31 +98,35 @@ def test_each_loss_refuses_resampled_maps(loss):
         assert loss(MAP).isfinite()  # a plain tensor tells nothing
 
 
-def test_after_a_map_with_negative_distances_values_are_not_looked_at(loss):
-    """Which makes the host wait for an accelerator; clipped maps of a patch may be zeros and ones."""
-    for odd in (torch.zeros(SHAPE), MAP.abs() + 1, torch.full(SHAPE, 20.0), ONE_HOT.float() / 2):
-        assert loss(odd).isfinite()  # maps without negative distances, which tell nothing
-    with pytest.raises(ValueError, match="zeros and ones as of a label"):
-        loss(ONE_HOT.float())
-    assert loss(MAP).isfinite()
-    assert loss(ONE_HOT.float()).isfinite()
-    for given in (ONE_HOT.byte(), MAP[..., 1:]):  # types and shapes are looked at all the time
-        with pytest.raises(ValueError, match="distance_map: expected"):
-            loss(given)
+@pytest.mark.parametrize("target", LABELS.values(), ids=LABELS)
+def test_each_loss_warns_once_of_what_may_be_a_label(loss, target):
+    with pytest.warns(UserWarning, match=r"^distance_map: no distance .* SignedDistanceMapd"):
+        assert loss(target).isfinite()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(target).isfinite()
 
 
-def test_the_values_are_looked_at_until_then_only(monkeypatch):
+@pytest.mark.parametrize("target", LABELS.values(), ids=LABELS)
+def test_a_map_that_says_what_it_is_gets_no_warning(loss, target):
+    """Clipped maps of patches may hold zeros and ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(made(target)).isfinite()
+        assert loss(MAP).isfinite()
+        assert loss(target).isfinite()  # once a map was seen values are not looked at
+
+
+def test_the_values_are_looked_at_until_they_tell(monkeypatch):
     looked, aminmax = [], torch.aminmax
     monkeypatch.setattr(torch, "aminmax", lambda values: looked.append(1) or aminmax(values))
     check = DistanceMapCheck()
-    for number, maps in enumerate((MAP.abs(), MAP.abs(), MAP, MAP, MAP.abs())):
+    for number, maps in enumerate((0 * MAP, 0 * MAP, MAP, MAP, MAP.abs())):
         check(maps, SHAPE)
         assert len(looked) == min(number + 1, 3)
-    with pytest.raises(ValueError, match="zeros and ones"):
-        DistanceMapCheck()(ONE_HOT.float(), SHAPE)  # another check has not seen it
     loss = BoundaryLoss(softmax=True)
-    loss(torch.zeros(SHAPE), MAP)
-    assert not loss.state_dict()
+    loss(torch.zeros(SHAPE), made(MAP))
+    assert not loss.state_dict() and len(looked) == 3
 
 
 def test_repr_tells_the_settings():

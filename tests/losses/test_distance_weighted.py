@@ -73,7 +73,7 @@ def reference(logits, target, *, boundary_weight=10.0, sigma_mm=5.0, class_weigh
                 else:
                     w = 1.0 if class_weight is None else class_weight[c]
                 distance = maps[(b, c, *where)]
-                if distance != 0:  # 0 says that there is no boundary
+                if any(maps[(b, c, *p)] != 0 for c in range(maps.shape[1])):  # all 0: there is no boundary
                     w += boundary_weight * math.exp(-(distance**2) / (2 * sigma_mm**2))
                 values[(b, 0, *where)] -= w * log_probs[c]
     return values
@@ -204,7 +204,7 @@ def test_slices_without_a_boundary_have_no_boundary_weight(rng):
 
 
 def test_near_and_far(rng):
-    """Next to the boundary the weight is full: 0 alone stands for no boundary. Far off it is that of the class."""
+    """Next to the boundary the weight is full. Far off it is that of the class."""
     loss = DistanceWeightedCrossEntropyLoss(class_weight=None)
     for size in (1e-3, -1e-3):
         target = {"label": torch.zeros(1, 1, 2, 2), "distance_map": torch.full((1, 2, 2, 2), size)}

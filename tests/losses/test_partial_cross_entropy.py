@@ -34,24 +34,51 @@ def random_logits(shape, rng):
 
 @reductions
 @pytest.mark.parametrize(("ignore_index", "weighted", "share"), [(-1, False, 0.05), (255, True, 0.3), (-1, True, 2.0)])
+@pytest.mark.parametrize("average", ["image", "batch"])
 @shapes
-def test_equals_the_reference_and_pytorch(shape, ignore_index, weighted, share, reduction, rng, constraint_reference):
+def test_equals_the_reference_and_pytorch(
+    shape, average, ignore_index, weighted, share, reduction, rng, constraint_reference
+):
     """Few labels, some, and almost all."""
     logits, label = random_logits(shape, rng), weak_label(shape, rng, share, ignore_index)
     weight = torch.from_numpy(rng.uniform(0.2, 3, shape[1])) if weighted else None
-    loss = PartialCrossEntropyLoss(ignore_index=ignore_index, weight=weight, reduction=reduction)
+    loss = PartialCrossEntropyLoss(ignore_index=ignore_index, weight=weight, reduction=reduction, average=average)
     if weighted:
         loss = loss.double()
     value = loss(logits, label)
     expected = constraint_reference.partial_cross_entropy(
-        logits.numpy(), label.numpy(), ignore_index=ignore_index, weight=weight, reduction=reduction
+        logits.numpy(), label.numpy(), ignore_index=ignore_index, weight=weight, reduction=reduction, average=average
     )
     assert value.shape == (label.shape if reduction == "none" else ())
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6, atol=1e-12)
-    official = functional.cross_entropy(
-        logits, label[:, 0], weight=weight, ignore_index=ignore_index, reduction=reduction
+    if average == "batch":
+        official = functional.cross_entropy(
+            logits, label[:, 0], weight=weight, ignore_index=ignore_index, reduction=reduction
+        )
+        torch.testing.assert_close(value.reshape(official.shape), official, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_points_keep_their_pull_beside_a_full_label(batch):
+    """Five points of an image; the others are labelled in full: the gradient is that of each image alone."""
+    label = torch.zeros(batch, 1, 64, 64, dtype=torch.int64)
+    label[0] = -1
+    label[0, 0, 30, 30:35] = 1
+    logits = torch.zeros(batch, 2, 64, 64, requires_grad=True)
+    PartialCrossEntropyLoss()(logits, label).backward()
+    points = logits.grad[0, 1, 30, 30:35]
+    torch.testing.assert_close(points, torch.full((5,), -0.5 / 5 / batch))
+    alone = torch.zeros(1, 2, 64, 64, requires_grad=True)
+    PartialCrossEntropyLoss()(alone, label[:1]).backward()
+    torch.testing.assert_close(logits.grad[:1] * batch, alone.grad)
+
+
+def test_an_image_without_labels_is_not_counted(rng):
+    logits, label = random_logits((3, 3, 6, 5), rng), weak_label((3, 3, 6, 5), rng)
+    label[1] = -1
+    torch.testing.assert_close(
+        PartialCrossEntropyLoss()(logits, label), PartialCrossEntropyLoss()(logits[[0, 2]], label[[0, 2]])
     )
-    torch.testing.assert_close(value.reshape(official.shape), official, rtol=1e-6, atol=1e-12)
 
 
 def test_by_hand():
@@ -67,7 +94,7 @@ def test_weights_are_those_of_pytorch_as_a_sequence_too(rng):
     weight = [0.2, 1.0, 4.0]
     expected = functional.cross_entropy(logits, label[:, 0], weight=torch.tensor(weight), ignore_index=-1)
     for given in (weight, tuple(weight), torch.tensor(weight)):
-        torch.testing.assert_close(PartialCrossEntropyLoss(weight=given)(logits, label), expected)
+        torch.testing.assert_close(PartialCrossEntropyLoss(weight=given, average="batch")(logits, label), expected)
 
 
 # No labels

@@ -260,10 +260,10 @@ def residuals(values, bounds, unit=1.0):
 # Partial cross-entropy
 
 
-def partial_cross_entropy(logits, labels, *, ignore_index=-1, weight=None, reduction="mean"):
+def partial_cross_entropy(logits, labels, *, ignore_index=-1, weight=None, reduction="mean", average="image"):
     """Minus the log-softmax of the labelled class, over the labelled voxels; logits (B, C, *S), labels (B, 1, *S)."""
     batch, classes = logits.shape[:2]
-    costs, mass = np.zeros(labels.shape), 0.0
+    costs, masses = np.zeros(labels.shape), [0.0] * batch
     for sample in range(batch):
         for voxel in voxels(logits.shape[2:]):
             label = int(labels[(sample, 0, *voxel)])
@@ -274,9 +274,12 @@ def partial_cross_entropy(logits, labels, *, ignore_index=-1, weight=None, reduc
             log_sum = top + math.log(sum(math.exp(one - top) for one in own))
             factor = 1.0 if weight is None else float(weight[label])
             costs[(sample, 0, *voxel)] = factor * (log_sum - own[label])
-            mass += factor
+            masses[sample] += factor
     if reduction == "none":
         return costs
     if reduction == "sum":
         return costs.sum()
-    return costs.sum() / mass if mass else 0.0
+    if average == "batch":
+        return costs.sum() / sum(masses) if sum(masses) else 0.0
+    means = [costs[sample].sum() / mass for sample, mass in enumerate(masses) if mass]
+    return sum(means) / len(means) if means else 0.0
