@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -279,19 +278,3 @@ def fully_labelled(item: Mapping[Hashable, Any], full_key: str) -> bool:
     if isinstance(value, str) or value not in (0, 1):
         raise ValueError(f"{full_key}: expected true or false, got {value!r}; correct this entry of the datalist.")
     return bool(value)
-
-
-def warn_of_logits(probs: Tensor) -> None:
-    """Warn if a few voxels of what was given as probabilities (B, C, *S) do not add up to 1."""
-    if probs.shape[1] == 1:
-        return
-    flat = probs.detach().flatten(2)
-    some = flat[..., :: (flat.shape[-1] // 64) | 1].float().sum(1)  # an odd step meets every column
-    worst = float((some - 1).abs().max())
-    # A softmax in half precision is as exact as its type.
-    if worst > max(1e-3, 4 * torch.finfo(probs.dtype).eps):
-        warnings.warn(
-            f"input: the probabilities of a voxel add up to 1 {'+' if float(some.max()) > 1 else '-'} {worst:.3g}; use "
-            "softmax=True for logits. This is looked at once.",
-            stacklevel=5,
-        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ __all__ = ["Formulation"]
 
 class Formulation(nn.Module, ABC):
     """Residual (`<= 0` when satisfied) to cost, elementwise; state that a checkpoint must keep is in buffers.
+
+    Buffers stay at least float32, also under `half()`: a multiplier or a slope ends neither at 65504 nor at 3 digits.
 
     Attributes:
         needs_index: whether `forward` and `dual` need the samples' numbers in the data set.
@@ -36,6 +40,14 @@ class Formulation(nn.Module, ABC):
     @abstractmethod
     def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Multiplier of each constraint, explicit or implicit: the slope of its cost; same shape, no gradient."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Formulation:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, *arguments, **options)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
 
     def step(self) -> None:
         """Move on after an epoch: raise a barrier, take a dual step. Nothing, unless a subclass says otherwise."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
+import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from medconstraints.checks import number, plain, whole_number
 from medconstraints.formulations.base import Formulation, at_least_float32
+from medconstraints.processes import of_all_processes
 
 __all__ = ["AugmentedLagrangian", "Lagrangian", "ReLULagrangian"]
 
@@ -32,7 +34,7 @@ class _DualVariables(Formulation):
         self.initial = number("initial", initial, least=0)
         if max_multiplier is not None and not max_multiplier > initial:
             raise ValueError(f"max_multiplier: expected None or a number > {initial:g}, got {max_multiplier!r}.")
-        self.max_multiplier = max_multiplier
+        self.max_multiplier = math.inf if max_multiplier is None else max_multiplier
         self.register_buffer("multipliers", torch.zeros(rows, 0))
         self.forget()
 
@@ -61,7 +63,7 @@ class _DualVariables(Formulation):
         flat = self._flat(residual)
         rows = self._table_rows(index, flat)
         if self.training:
-            self._observe(flat.detach(), rows)
+            self._observe(flat.detach(), rows, index)
         return self._cost(flat, self._multipliers_of(rows).to(flat)).view(residual.shape)
 
     def dual(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
@@ -72,7 +74,8 @@ class _DualVariables(Formulation):
             return self._slope(flat, multipliers.to(flat)).view(residual.shape)
 
     def step(self) -> None:
-        """Dual step; see the class. It forgets the residuals."""
+        """Dual step; see the class. It forgets the residuals. In distributed training every process has to call it."""
+        self._agree()
         moved = self.multipliers + self._ascent(*self._seen())
         self.multipliers.copy_(moved.clamp(min=0, max=self.max_multiplier))
         self.forget()
@@ -88,13 +91,21 @@ class _DualVariables(Formulation):
             return {}
         return {"multiplier_mean": self.multipliers.mean(), "multiplier_max": self.multipliers.max()}
 
+    def _widen(self, count: int, device: torch.device) -> None:
+        """The table, once it is known how many constraints a sample has."""
+        if self.multipliers.shape[1] == 0 and count:
+            self.multipliers = torch.full((self.rows, count), self.initial, dtype=torch.float32, device=device)
+
+    def _agree(self) -> None:
+        """A process that saw no batch yet has no table: it gets one like that of the others."""
+        count = idist.all_reduce(self.multipliers.shape[1], "MAX")
+        self._widen(int(count), self.multipliers.device)
+
     def _flat(self, residual: Tensor) -> Tensor:
         """Residuals as (B, K), and a table that fits them."""
         residual = at_least_float32(plain(residual))
         flat = residual.reshape(residual.shape[0], -1) if residual.dim() else residual.reshape(1, 1)
-        if self.multipliers.shape[1] == 0 and flat.shape[1]:
-            shape = self.rows, flat.shape[1]
-            self.multipliers = torch.full(shape, self.initial, dtype=torch.float32, device=flat.device)
+        self._widen(flat.shape[1], flat.device)
         if self.multipliers.shape[1] != flat.shape[1]:
             raise ValueError(
                 f"residual: expected {self.multipliers.shape[1]} constraints for each sample, as before, got "
@@ -130,7 +141,7 @@ class _DualVariables(Formulation):
             )
         return index.to(flat.device, torch.int64, non_blocking=True)
 
-    def _observe(self, flat: Tensor, rows: Tensor | None) -> None:
+    def _observe(self, flat: Tensor, rows: Tensor | None, index: Tensor | None) -> None:
         if self._sum is None or self._visits is None:
             self._sum = flat.new_zeros(self.multipliers.shape)
             self._visits = flat.new_zeros(self.rows, 1)
@@ -146,9 +157,7 @@ class _DualVariables(Formulation):
         """Sums and visits since the last step, over all processes; a process that saw nothing adds zeros."""
         total = torch.zeros_like(self.multipliers) if self._sum is None else self._sum.float()
         visits = self.multipliers.new_zeros(self.rows, 1) if self._visits is None else self._visits.float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(visits)
+        total, visits = (torch.as_tensor(idist.all_reduce(values)) for values in (total, visits))
         return total, visits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -160,8 +169,9 @@ class _DualVariables(Formulation):
                     f"{self.rows}; train on the data set of that state, or start anew."
                 )
                 return
-            self.multipliers = saved.new_empty(saved.shape).to(self.multipliers.device)
+            self.multipliers = self.multipliers.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.multipliers.clamp_(max=self.max_multiplier)  # this module's, not that of the run that saved
 
 
 class Lagrangian(_DualVariables):
@@ -212,8 +222,10 @@ class Lagrangian(_DualVariables):
 class ReLULagrangian(_DualVariables):
     """ReLU Lagrangian: cost lambda max(z, 0), one multiplier for each constraint over the data set (eq. 3.3).
 
-    `step()`, once after each epoch: lambda <- lambda + learning_rate sum_n max(z_n, 0), over all samples seen in that
-    epoch. It never falls (Kervadec 2020, appendix A.3).
+    `step()`, once after each epoch: lambda <- lambda + learning_rate sum_n max(z_n, 0), over the samples n seen in that
+    epoch. It never falls (Kervadec 2020, appendix A.3). With an index each sample counts once, with the mean over its
+    visits, also one that a sampler of several processes repeats to give all the same number. Without, each visit counts
+    as a sample.
 
     Args:
         learning_rate: step of the multipliers; with N samples their sum is N times the mean violation.
@@ -237,8 +249,31 @@ class ReLULagrangian(_DualVariables):
         super().__init__(1, max_multiplier, initial)
         self.learning_rate = number("learning_rate", learning_rate, above=0)
 
+    def forget(self) -> None:
+        """Forget the residuals seen since the last step."""
+        super().forget()
+        self._known: list[tuple[Tensor, Tensor]] = []
+
     def _flat(self, residual: Tensor) -> Tensor:
         return super()._flat(residual).clamp(min=0)
+
+    def _observe(self, flat: Tensor, rows: Tensor | None, index: Tensor | None) -> None:
+        if index is None:
+            super()._observe(flat, rows, index)
+        else:
+            self._known.append((plain(torch.as_tensor(index)).long().to(flat.device), flat.float()))
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        total, visits = super()._seen()
+        found = [torch.cat(parts) for parts in zip(*self._known, strict=True)]
+        device = self.multipliers.device
+        index, values = found or (torch.zeros(0, dtype=torch.int64, device=device), total[:0])
+        index, values = of_all_processes(index), of_all_processes(values)
+        if not len(index):
+            return total, visits
+        samples, row, counts = torch.unique(index, return_inverse=True, return_counts=True)
+        sums = values.new_zeros(len(samples), values.shape[1]).index_add(0, row, values)
+        return total + (sums / counts.unsqueeze(1)).sum(0, keepdim=True).to(total), visits
 
     def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
         return multipliers * residual
@@ -296,7 +331,7 @@ class AugmentedLagrangian(_DualVariables):
         if max_penalty is not None and not max_penalty >= penalty:
             raise ValueError(f"max_penalty: expected None or a number >= penalty = {penalty}, got {max_penalty!r}.")
         self.factor = number("factor", factor, least=1)
-        self.max_penalty = max_penalty
+        self.max_penalty = 1e30 if max_penalty is None else max_penalty
         self.register_buffer("penalty", torch.tensor(penalty))
 
     def _cost(self, residual: Tensor, multipliers: Tensor) -> Tensor:
@@ -317,7 +352,11 @@ class AugmentedLagrangian(_DualVariables):
     def step(self) -> None:
         """Dual step, then a larger penalty; see the class."""
         super().step()
-        self.penalty.mul_(self.factor).clamp_(max=self.max_penalty if self.max_penalty is not None else 1e30)
+        self.penalty.mul_(self.factor).clamp_(max=self.max_penalty)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.penalty.clamp_(max=self.max_penalty)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from medconstraints.checks import number
 from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["LogBarrierExtension"]
 
-# float32 ends at 3.4e38; beyond this the slope of a violated constraint is not usable in float32 any more.
-_LARGEST_T = 1e20
+# The barrier is curved below z = -1 / t^2. In float32 a residual of the size of its unit is known to 1.2e-7 only: with a
+# larger t than this the curve cannot be told from 0, and all that still grows is the slope outside.
+_SHARPEST_T = torch.finfo(torch.float32).eps ** -0.5
+_LARGEST_T = 1e20  # float32 ends at 3.4e38; no slope is usable beyond this
 
 
 class LogBarrierExtension(Formulation):
@@ -22,12 +25,15 @@ class LogBarrierExtension(Formulation):
     psi_t(z) = t z - log(1 / t^2) / t + 1 / t  otherwise.
 
     The function and its first derivative are continuous. A satisfied constraint is still pushed away from its bound, by
-    1 / (t |z|); a violated one with the slope t. `t` is a buffer, so a checkpoint resumes the schedule exactly.
+    1 / (t |z|); a violated one with the slope t. `t` is a buffer, so a checkpoint resumes the schedule exactly, up to the
+    `max_t` of the module that loads it.
 
     Args:
         t: sharpness at the start, > 0. Larger is closer to a hard constraint.
         factor: `step()` multiplies `t` by it, >= 1. The papers call it after each epoch with 1.1.
-        max_t: upper limit of `t`; None lets it grow (to 1e20, where float32 ends being useful).
+        max_t: upper limit of `t`. The default, 2896, is where -1 / t^2 is the rounding error of a residual of 1 in
+            float32, after 67 steps of the papers; a duality gap e that is wanted needs P N / e, see
+            `duality_gap_bound`. None: 1e20, where float32 ends being useful.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -40,17 +46,14 @@ class LogBarrierExtension(Formulation):
 
     t: Tensor
 
-    def __init__(self, t: float = 5.0, factor: float = 1.1, max_t: float | None = None) -> None:
+    def __init__(self, t: float = 5.0, factor: float = 1.1, max_t: float | None = _SHARPEST_T) -> None:
         super().__init__()
-        if not (math.isfinite(t) and 0 < t <= _LARGEST_T):
-            raise ValueError(f"t: expected a number in (0, {_LARGEST_T:g}], got {t}; the papers start at 5.")
-        if not (math.isfinite(factor) and factor >= 1):
-            raise ValueError(f"factor: expected a number >= 1, got {factor}; 1 keeps t constant, the papers use 1.1.")
-        if max_t is not None and not max_t >= t:
-            raise ValueError(f"max_t: expected None or a number >= t = {t}, got {max_t}; raise it or lower t.")
-        self.factor = factor
-        self.max_t = _LARGEST_T if max_t is None else min(max_t, _LARGEST_T)
-        self.register_buffer("t", torch.tensor(float(t)))
+        self.factor = number("factor", factor, least=1)
+        t = number("t", t, above=0)
+        self.max_t = _LARGEST_T if max_t is None else min(number("max_t", max_t, above=0), _LARGEST_T)
+        if t > self.max_t:
+            raise ValueError(f"max_t: expected None or a number >= t = {t:g}, got {self.max_t:g}; raise it or lower t.")
+        self.register_buffer("t", torch.tensor(t))
 
     def forward(self, residual: Tensor, index: Tensor | None = None) -> Tensor:
         """Cost of each residual, same shape, computed in at least float32."""
@@ -71,7 +74,8 @@ class LogBarrierExtension(Formulation):
 
         It holds for the cost E + sum psi_t(z), each psi with the weight 1: with weights w it is sum(w) / t, and a loss
         divides by the voxels of the image, by the number of constraints, and multiplies with its own weight. It
-        certifies a solution of a convex problem; for a network it is a guide to how sharp the barrier is.
+        certifies the minimum of a convex problem for this t, not the point where a training is: with t rising faster
+        than the minimiser follows, the bound falls and the gap does not. For a network it says how sharp the barrier is.
         """
         return num_constraints / float(self.t)
 
@@ -84,6 +88,10 @@ class LogBarrierExtension(Formulation):
     def step(self) -> None:
         """Raise the barrier: `t <- min(t * factor, max_t)`; call it once after each epoch."""
         self.t.mul_(self.factor).clamp_(max=self.max_t)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.t.clamp_(max=self.max_t)
 
     def report(self) -> dict[str, Tensor]:
         """The sharpness "t"."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from torch import Tensor
 
 from medconstraints import checks
+from medconstraints.processes import of_all_processes
 
 __all__ = ["ConstraintMetrics", "shares"]
 
@@ -187,10 +187,10 @@ class ConstraintMetrics:
         if self._epoch is not None:
             return self._epoch
         residuals, frees, indices = zip(*self._rows, strict=True)
-        residual, free = _of_all_processes(torch.cat(residuals)), _of_all_processes(torch.cat(frees))
+        residual, free = (of_all_processes(torch.cat(rows)).cpu() for rows in (residuals, frees))
         index: Tensor | None = None
         if indices[0] is not None:
-            index, sample = torch.unique(_of_all_processes(torch.cat(indices).long()), return_inverse=True)
+            index, sample = torch.unique(of_all_processes(torch.cat(indices).long()).cpu(), return_inverse=True)
             visits = torch.arange(len(sample))
             last = torch.zeros(len(index), dtype=torch.long).scatter_reduce(0, sample, visits, "amax")
             residual, free = residual[last], free[last]
@@ -198,16 +198,3 @@ class ConstraintMetrics:
             index = torch.arange(len(residual))
         self._epoch = residual, free, index
         return self._epoch
-
-
-def _of_all_processes(rows: Tensor) -> Tensor:
-    """Rows of all processes, in the order of the processes, on the CPU. Each may have another number of them."""
-    if idist.get_world_size() == 1:
-        return rows.cpu()
-    counts: list[int] = idist.all_gather(rows.shape[0])
-    largest = max(counts)
-    # Not every backend gathers bool.
-    padded = rows.new_zeros((largest, *rows.shape[1:]), dtype=torch.uint8 if rows.dtype == torch.bool else rows.dtype)
-    padded[: len(rows)] = rows
-    parts = torch.as_tensor(idist.all_gather(padded)).cpu().split(largest)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.dtype)

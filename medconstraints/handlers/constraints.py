@@ -32,9 +32,9 @@ class ConstraintMetricsHandler:
       each; see `ConstraintMetrics`;
     - `satisfied_<constraint>` and `violation_<constraint>`, by the names that the loss gives its constraints, with
       those of a `CombinedLoss` before: `size_lower_1`, `centroid_upper_1_0`, see `ConstrainedLoss.constraint_names`;
-    - in training, of the formulations: what they report, such as `t`; `duality_gap_bound` of a log-barrier, for the
-      constraints of the epoch as if each had the weight 1, see `LogBarrierExtension.duality_gap_bound`; `dual_mean`,
-      the mean of the multipliers, also implicit ones, over the constraints that were visited, before any division by
+    - in training, of the formulations: what they report, such as `t`; `duality_gap_at_minimum` of a log-barrier: the
+      bound P N / t if the loss were convex and at its minimum for this t, each of the constraints of the epoch with
+      the weight 1, see `LogBarrierExtension.duality_gap_bound`; `dual_mean`, the mean of the multipliers, also implicit ones, over the constraints that were visited, before any division by
       the image size. With several formulations, `_<loss>` behind.
 
     A metric over no constraint is left out, such as `stability` in the first epoch, and all of a loss that was not
@@ -212,7 +212,7 @@ class ConstraintMetricsHandler:
     def _reported(self, formulation: Formulation, constraints: int) -> dict[str, float | None]:
         values: dict[str, float | None] = {key: float(value) for key, value in formulation.report().items()}
         if isinstance(formulation, LogBarrierExtension):
-            values["duality_gap_bound"] = formulation.duality_gap_bound(constraints)
+            values["duality_gap_at_minimum"] = formulation.duality_gap_bound(constraints)
         values["dual_mean"] = None
         if formulation in self._duals:
             total, count = torch.as_tensor(idist.all_reduce(self._duals[formulation])).tolist()

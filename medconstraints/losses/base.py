@@ -18,6 +18,8 @@ from medconstraints.statistics.arguments import select_channels
 
 __all__ = ["ConstrainedLoss", "Probabilities", "ProbabilityLoss", "Residuals", "TargetLoss"]
 
+_ROUNDED = 0.01  # a probability of half precision, or one that was interpolated, may be a little outside 0..1
+
 
 class TargetLoss(_Loss):
     """Base of the losses: which entries of a batch make its target.
@@ -180,6 +182,7 @@ class ProbabilityLoss(TargetLoss):
         self.classes = None if classes is None else [int(number) for number in classes]
         self.other_act = other_act
         self.logit_scale = float(logit_scale)
+        self._looked = self.activation[0] is not None  # at the range of an input that gets no activation
 
     @property
     def activation(self) -> tuple[str | Callable[[Tensor], Tensor] | None, float]:
@@ -191,7 +194,8 @@ class ProbabilityLoss(TargetLoss):
         """Of an output of the network, with or without MONAI's meta data.
 
         Raises:
-            ValueError: the input is no floating point (B, C, *S) with D = 2 or 3, or a softmax of a single channel.
+            ValueError: the input is no floating point (B, C, *S) with D = 2 or 3, or a softmax of a single channel; or,
+                looked at in the first batch, values outside 0..1 that get no activation.
         """
         input = plain(input)
         if not input.is_floating_point() or input.dim() not in (4, 5):
@@ -201,6 +205,15 @@ class ProbabilityLoss(TargetLoss):
             )
         if self.softmax and input.shape[1] == 1:
             raise ValueError("input: softmax of a single channel is always 1; use sigmoid=True or two channels.")
+        if not (self._looked or torch.compiler.is_compiling()) and input.numel():
+            low, high = (float(value) for value in torch.aminmax(input.detach()))
+            # NaN is for those to find who stop a run.
+            if low < -_ROUNDED or high > 1 + _ROUNDED:
+                raise ValueError(
+                    f"input: expected probabilities, 0 to 1, as no activation is asked for, got {low:.4g} to "
+                    f"{high:.4g}; for logits give softmax=True, or sigmoid=True."
+                )
+            self._looked = True
         return Probabilities(input, *self.activation)
 
     def channel_numbers(self, count: int) -> list[int]:

@@ -104,7 +104,6 @@ class ConstraintLoss(ConstrainedLoss):
         needed, self.named_keys = arguments_of(statistic)
         self.target_keys = ("bounds", *(["index"] if formulation.needs_index else []), *needed)
         self.optional_keys = () if formulation.needs_index else ("index",)
-        self._looked = False
 
     def forward(
         self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
@@ -169,9 +168,6 @@ class ConstraintLoss(ConstrainedLoss):
     ) -> Residuals:
         bounds, index, arguments = self._parts(target)
         probabilities = self.probabilities(input) if probabilities is None else probabilities
-        if not self._looked and self.activation[0] is None:
-            checks.warn_of_logits(plain(input))
-        self._looked = True
         numbers = self.channel_numbers(input.shape[1]) if self.per_class else None
         probs, places = (probabilities.all(), None) if numbers is None else probabilities.covering(numbers)
         value = self.statistic(probs, **arguments)

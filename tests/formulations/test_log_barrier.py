@@ -67,7 +67,7 @@ def test_increasing_and_convex(t):
 def test_finite_for_any_finite_residual(t, dtype):
     largest = 6e4 if dtype == torch.float16 else 0.5 * torch.finfo(dtype).max / t
     residuals = torch.tensor([-largest, -1.0, -1 / t**2, -1e-30, -0.0, 0.0, 1e-30, 1.0, largest], dtype=dtype)
-    cost, slope = value_and_slope(LogBarrierExtension(t=t), residuals)
+    cost, slope = value_and_slope(LogBarrierExtension(t=t, max_t=None), residuals)
     assert cost.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert cost.isfinite().all() and slope.dtype == dtype
     if dtype != torch.float16 or t < 65_504:  # a slope of t does not fit into half precision beyond
@@ -81,7 +81,7 @@ def test_infinite_residuals_give_no_nan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_huge_t(dtype):
-    barrier = LogBarrierExtension(t=1e20)
+    barrier = LogBarrierExtension(t=1e20, max_t=None)
     residual = torch.tensor([-1e30, -1.0, -1e-30, -0.0, 0.0, 1e-30, 1.0, 1e6], dtype=dtype)
     cost, slope = value_and_slope(barrier, residual)
     dual = barrier.dual(residual)
@@ -134,7 +134,8 @@ def test_duality_gap_of_a_feasible_point():
         ({"factor": 1.1}, [5.5, 6.05, 6.655]),
         ({"factor": 1.0}, [5.0, 5.0, 5.0]),
         ({"factor": 3.0, "max_t": 20.0}, [15.0, 20.0, 20.0]),
-        ({"factor": 1e12}, [5e12, 1e20, 1e20]),  # float32 ends being useful
+        ({"factor": 1e12, "max_t": None}, [5e12, 1e20, 1e20]),  # float32 ends being useful
+        ({"factor": 1000.0}, [2896.3093757, 2896.3093757]),  # 2^11.5: -1 / t^2 is the rounding error of 1
     ],
 )
 def test_schedule(options, expected):
@@ -166,6 +167,12 @@ def test_a_checkpoint_resumes_exactly():
     assert torch.equal(resumed.t, whole.t)
 
 
+def test_a_smaller_max_t_holds_for_a_state_too():
+    barrier = LogBarrierExtension(t=5.0, max_t=50.0)
+    barrier.load_state_dict(LogBarrierExtension(t=200.0).state_dict())
+    assert float(barrier.t) == 50
+
+
 def test_copies_do_not_share_t():
     barrier = LogBarrierExtension(t=5.0, factor=2.0, max_t=80.0)
     other = copy.deepcopy(barrier)
@@ -175,11 +182,11 @@ def test_copies_do_not_share_t():
 
 @pytest.mark.parametrize(
     "options",
-    [{"t": 0.0}, {"t": math.nan}, {"t": 1e31}, {"factor": 0.9}, {"factor": math.inf}, {"max_t": 4.0}],
+    [{"t": 0.0}, {"t": math.nan}, {"t": math.inf}, {"factor": 0.9}, {"factor": math.inf}, {"max_t": 4.0}],
 )
 def test_refuses_senseless_settings(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}: expected .*got {value}".replace("+", r"\+")):
+    with pytest.raises(ValueError, match=f"{name}: expected .*got {value:g}".replace("+", r"\+")):
         LogBarrierExtension(**options)
 
 

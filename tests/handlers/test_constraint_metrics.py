@@ -252,7 +252,7 @@ def test_all_processes_get_the_metrics_of_all_samples(monkeypatch):
     history = run(expected, [shares[0][epoch] + shares[1][epoch] for epoch in range(2)])
     assert [row["stability"] for row in history] == [None, 0.0]
     processes = Processes(2)
-    monkeypatch.setattr("medconstraints.handlers.constraint_metrics.idist", processes)
+    monkeypatch.setattr("medconstraints.processes.idist", processes)
     metrics = [ConstraintMetrics(), ConstraintMetrics()]
     got = processes.run([lambda rank=rank: run(metrics[rank], shares[rank]) for rank in range(2)])
     assert got == [history, history]

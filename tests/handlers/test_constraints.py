@@ -121,11 +121,11 @@ def test_several_losses_add_up(make_trainer, items):
     assert got["satisfied"] == pytest.approx(25 / 30)
     assert (got["satisfied_size"], got["satisfied_centroid"]) == (0.5, 1.0)
     assert (got["violation"], got["violation_size"]) == pytest.approx((5 / 30, 0.5))
-    assert got["duality_gap_bound"] == pytest.approx(30 / 5)
+    assert got["duality_gap_at_minimum"] == pytest.approx(30 / 5)
     assert got["t"] == 5
     # psi_t' is t for a violated constraint and 1 / (t |z|) deep inside.
     assert got["dual_mean"] == pytest.approx((5 * 5 + 5 / 5 + 20 / (5 * 2)) / 30)
-    assert set(got) - {"satisfied", "violation", "t", "duality_gap_bound", "dual_mean"} == {
+    assert set(got) - {"satisfied", "violation", "t", "duality_gap_at_minimum", "dual_mean"} == {
         f"{what}_{name}"
         for what in ("satisfied", "violation")
         for name in (
@@ -172,14 +172,14 @@ def test_free_constraints_leave_no_metric(make_trainer, items, tmp_path):
     trainer.run()
     assert "satisfied_lower_1" not in trainer.state.metrics
     assert trainer.state.metrics["satisfied"] == 1.0
-    assert trainer.state.metrics["duality_gap_bound"] == 1.0  # 5 constraints, t = 5
+    assert trainer.state.metrics["duality_gap_at_minimum"] == 1.0  # 5 constraints, t = 5
     assert trainer.state.metrics["dual_mean"] == pytest.approx(1 / 5)
     assert read(path)[0]["violation_lower_1"] == ""
     # All of them free in the second epoch: what the first one left in the metrics goes.
     trainer.add_event_handler(Events.EPOCH_STARTED, lambda: setattr(loss, "free", torch.ones(5, 1, 1, 2) > 0))
     trainer.state.max_epochs = 2
     trainer.run()
-    assert set(trainer.state.metrics) == {"t", "duality_gap_bound"}
+    assert set(trainer.state.metrics) == {"t", "duality_gap_at_minimum"}
     assert [row["satisfied"] for row in read(path)] == ["1.0", ""]
 
 
@@ -208,7 +208,7 @@ def test_multipliers_of_several_formulations(make_trainer, items):
     got = trainer.state.metrics
     assert got["multiplier_max_a"] == 40.0
     assert got["dual_mean_a"] == pytest.approx((10 + 60) / 9)
-    assert (got["t_b"], got["dual_mean_b"], got["duality_gap_bound_b"]) == (2.0, 2.0, 5.0)
+    assert (got["t_b"], got["dual_mean_b"], got["duality_gap_at_minimum_b"]) == (2.0, 2.0, 5.0)
     assert not {"t_a", "multiplier_max_b", "t", "dual_mean"} & set(got)
 
 
@@ -218,7 +218,7 @@ def test_formulations_are_reported_as_they_trained(make_trainer, items):
     trainer = make_trainer(items, max_epochs=2, loss_function=loss, handlers=handlers)
     history = metrics_of_epochs(trainer)
     trainer.run()
-    assert [(row["t"], row["duality_gap_bound"]) for row in history] == [(5, 2), (10, 1)]
+    assert [(row["t"], row["duality_gap_at_minimum"]) for row in history] == [(5, 2), (10, 1)]
 
 
 def test_mean_of_the_duals_over_all_processes(make_trainer, items, monkeypatch):
@@ -247,7 +247,7 @@ def test_an_epoch_that_was_cut_off_does_not_count(make_trainer, items):
         cut.run()
     trainer = make_trainer(items, loss_function=loss, handlers=[handler])
     trainer.run()
-    assert trainer.state.metrics["duality_gap_bound"] == 10 / 5
+    assert trainer.state.metrics["duality_gap_at_minimum"] == 10 / 5
 
 
 def test_only_process_0_writes_the_file(make_trainer, items, tmp_path, monkeypatch):

@@ -122,6 +122,8 @@ def test_activation(options, activation, channels, case, distance_reference):
     """A single channel is a foreground; probabilities that are given are those of the input."""
     _, maps, logits = case(3)
     maps, logits = maps[:, -channels:], logits[:, -channels:]
+    if not options:
+        logits = torch.softmax(logits, 1)
     for include_background in (False, True):
         loss = BoundaryLoss(include_background=include_background, **options)
         rows = range(0 if include_background or channels == 1 else 1, channels)

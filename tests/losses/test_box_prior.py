@@ -536,7 +536,8 @@ def test_tightness_follows_the_resolution_by_a_known_factor(dims, width, extent,
     of the coarse image with 2^(D - 1) times the mass in its bands.
     """
     shape = (1, 1, *[extent + 3] * dims)
-    probs, boxes = random_probs(shape, rng), torch.tensor([[[1, *[1] * dims, *[1 + extent] * dims]]])
+    probs = random_probs(shape, rng) / 2 ** (dims - 1)
+    boxes = torch.tensor([[[1, *[1] * dims, *[1 + extent] * dims]]])
     fine = torch.cat([boxes[..., :1], 2 * boxes[..., 1:]], -1)
     tight = only("tightness")
     doubled = BoxPriorLoss(LogBarrierExtension(), width=2 * width, weights=tight)(upsampled(probs), fine)

@@ -335,24 +335,6 @@ def test_one_channel_is_a_foreground(rng):
     torch.testing.assert_close(value, soft_size(probs).square().mean() / 30)
 
 
-NO_PROBABILITIES = {
-    "logits": torch.linspace(-4, 4, 60, dtype=torch.float64).view(1, 2, 6, 5),
-    "above one": torch.full((1, 2, 6, 5), 1.5, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("values", NO_PROBABILITIES.values(), ids=NO_PROBABILITIES)
-def test_warns_once_of_what_are_no_probabilities(values):
-    bounds = torch.zeros(1, 2, 1, 2)
-    loss = ConstraintLoss(soft_size, QuadraticPenalty())
-    with pytest.warns(UserWarning, match="probabilit") as caught:
-        loss(values, bounds)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss(values, bounds)
-
-
 def test_does_not_warn_without_reason(rng):
     bounds, logits = torch.zeros(1, 2, 1, 2), torch.from_numpy(rng.normal(size=(1, 2, 6, 5)))
     with warnings.catch_warnings():
@@ -883,14 +865,6 @@ def test_a_relation_without_its_mark_is_refused():
         ConstraintLoss(lambda probs: soft_size_ratio(probs, [[1, 2], [2, 1]]), QuadraticPenalty())(
             torch.rand(1, 3, 4, 4), torch.zeros(1, 2, 1, 2)
         )
-
-
-def test_the_check_of_probabilities_meets_every_column():
-    probs = torch.full((1, 2, 256, 256), 3.0)
-    probs[..., 0] = 0.5
-    loss = ConstraintLoss(soft_size, QuadraticPenalty())
-    with pytest.warns(UserWarning, match="add up to"):
-        loss(probs, torch.tensor([[[[0.0, 1e6]], [[0.0, 1e6]]]]))
 
 
 @pytest.mark.parametrize("make", [lambda: Lagrangian(1, learning_rate=0.5), lambda: AugmentedLagrangian(1)])

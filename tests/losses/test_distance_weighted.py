@@ -73,7 +73,7 @@ def reference(logits, target, *, boundary_weight=10.0, sigma_mm=5.0, class_weigh
                 else:
                     w = 1.0 if class_weight is None else class_weight[c]
                 distance = maps[(b, c, *where)]
-                if any(maps[(b, c, *p)] != 0 for c in range(maps.shape[1])):  # all 0: there is no boundary
+                if any(maps[(b, k, *where)] != 0 for k in range(maps.shape[1])):  # all 0: there is no boundary
                     w += boundary_weight * math.exp(-(distance**2) / (2 * sigma_mm**2))
                 values[(b, 0, *where)] -= w * log_probs[c]
     return values

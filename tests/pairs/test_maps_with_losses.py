@@ -19,7 +19,7 @@ MEASURES = {
     "published": Euclidean(convention="published"),
     "slices": Euclidean(slice_axis=2),
     "clipped": Euclidean(clip_mm=1.5),
-    "geodesic": Geodesic(),
+    "geodesic": Geodesic(image_weight=1.0),
 }
 STORAGES = {"float32": {}, "float16": {"storage": "float16"}, "int8": {"storage": "int8"}}
 LABELS = {
@@ -87,13 +87,21 @@ def test_a_rim_has_the_weight_of_the_boundary_in_each_convention(measure):
     assert 10.5 < float(rim) <= 11.0
 
 
-@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
-def test_the_hausdorff_loss_takes_the_map_of_its_own_measure(measure):
-    if isinstance(measure, Geodesic) or measure.convention != "voxel":
-        pytest.skip("see the next test")
-    found = SignedDistanceMapd(num_classes=3, measure=measure)(item("all classes"))
-    logits = torch.randn(1, 3, 7, 6, 4)
+EUCLIDEAN = {name: measure for name, measure in MEASURES.items() if isinstance(measure, Euclidean)}
+
+
+@pytest.mark.parametrize("storage", [{}, {"storage": "float16"}], ids=["float32", "float16"])
+@pytest.mark.parametrize("measure", EUCLIDEAN.values(), ids=EUCLIDEAN)
+def test_the_hausdorff_loss_with_a_map_of_its_own_measure_is_that_without(measure, storage):
+    chain = Compose([SignedDistanceMapd(num_classes=3, measure=measure, **storage), DecodeDistanceMapd()])
+    found = chain(item("all classes"))
+    logits = torch.randn(1, 3, 7, 6, 4, generator=torch.Generator().manual_seed(1))
     loss = HausdorffLoss(softmax=True, measure=measure)
     target = {"label": found["label"][None].as_tensor(), "spacing_mm": torch.tensor(SPACING)}
     with_map = loss(logits, {**target, "distance_map": found["distance_map"][None].as_tensor()})
-    torch.testing.assert_close(with_map, loss(logits, target))
+    torch.testing.assert_close(with_map, loss(logits, target), rtol=2e-3, atol=0)
+
+
+def test_the_hausdorff_loss_refuses_a_measure_that_a_prediction_has_not():
+    with pytest.raises(TypeError, match="measure: expected Euclidean"):
+        HausdorffLoss(measure=MEASURES["geodesic"])

@@ -212,11 +212,13 @@ def lagrangian_step(multipliers, visits, learning_rate, max_multiplier=math.inf)
 
 
 def relu_lagrangian_step(multipliers, visits, learning_rate):
-    """Each multiplier grows by the summed violation of the data set."""
-    return [
-        old + learning_rate * sum(max(residuals[k], 0.0) for _, residuals in visits)
-        for k, old in enumerate(multipliers)
-    ]
+    """Each multiplier grows by the summed violation of the data set, of each sample the mean over its visits."""
+    steps = [0.0] * len(multipliers)
+    for sample in {sample for sample, _ in visits}:
+        own = [residuals for other, residuals in visits if other == sample]
+        for k in range(len(multipliers)):
+            steps[k] += sum(max(residuals[k], 0.0) for residuals in own) / len(own)
+    return [old + learning_rate * step for old, step in zip(multipliers, steps, strict=True)]
 
 
 def augmented_lagrangian_step(multipliers, visits, penalty):
