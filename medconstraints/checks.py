@@ -26,6 +26,7 @@ __all__ = [
     "number",
     "one_key",
     "plain",
+    "readable",
     "slice_axis",
     "spacing",
     "stray_values",
@@ -39,6 +40,11 @@ _SHOWN_VALUES = 5
 def plain(tensor: Tensor) -> Tensor:
     """The tensor without MONAI's metadata, which does not belong to a sum over the image."""
     return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at: an accelerator would make the host wait, a compiler would cut its graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def flag(name: str, value: Any) -> bool:
@@ -136,7 +142,7 @@ def one_key(keys: Hashable | Iterable[Hashable]) -> Hashable:
 def bounds(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Bounds (B, C, M, 2) with lower <= upper and no NaN, for values of this shape (B, C, M).
 
-    Looked at where the host has them; on another device, where that would make it wait, a wrong pair becomes NaN.
+    Looked at where they are `readable`; elsewhere a wrong pair becomes NaN.
 
     Raises:
         ValueError: another shape (the message says which axis), or, on the CPU, wrong values.
@@ -158,7 +164,7 @@ def bounds(values: Tensor, shape: Sequence[int]) -> Tensor:
         values = values.float()
     lower, upper = values.unbind(-1)
     good = (lower <= upper) & (lower < math.inf) & (upper > -math.inf)
-    if values.device.type != "cpu":
+    if not readable(values):
         return values.masked_fill(~good.unsqueeze(-1), math.nan)
     if not bool(good.all()):
         where = tuple((~good).nonzero()[0].tolist())

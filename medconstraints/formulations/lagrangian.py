@@ -10,7 +10,7 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor
 
-from medconstraints.checks import number, plain, whole_number
+from medconstraints.checks import number, plain, readable, whole_number
 from medconstraints.formulations.base import Formulation, at_least_float32
 from medconstraints.processes import of_all_processes
 
@@ -133,8 +133,7 @@ class _DualVariables(Formulation):
                 f"index: expected {len(flat)} whole numbers, one for each sample, got {index.dtype} of shape "
                 f"{tuple(index.shape)}."
             )
-        # Checked on the host only: an accelerator would make it wait.
-        if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.rows:
+        if readable(index) and len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.rows:
             raise ValueError(
                 f"index: expected numbers 0..{self.rows - 1}, got {int(index.min())}..{int(index.max())}; set "
                 "num_samples to the length of the data set."

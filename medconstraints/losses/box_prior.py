@@ -114,6 +114,8 @@ class BoxPriorLoss(ConstrainedLoss):
         self.target_keys, self.optional_keys = (keys, ()) if formulation.needs_index else (keys[:1], keys[1:])
         self._seen: tuple[_Batch, Tensor] | None = None
 
+    # Where boxes and bands lie is planned on the host: a break in a compiled graph.
+    @torch.compiler.disable
     def forward(
         self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
     ) -> Tensor:

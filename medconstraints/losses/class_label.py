@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medconstraints.checks import plain
+from medconstraints.checks import plain, readable
 
 __all__ = ["checked_label", "class_sizes", "row_sums"]
 
@@ -28,7 +28,7 @@ def checked_label(label: Tensor, input: Tensor) -> Tensor:
         )
     if label.dtype not in _AS_IT_IS:
         label = label.to(torch.float32 if label.is_floating_point() else torch.int64)
-    if label.device.type == "cpu" and label.numel():
+    if readable(label) and label.numel():
         if label.is_floating_point() and not bool((label == label.round()).all()):
             raise ValueError(
                 f"target: expected whole class numbers, got {float(label[label != label.round()][0]):g}; resample "

@@ -44,7 +44,8 @@ class ConstraintLoss(ConstrainedLoss):
             It decides how a formulation that is not homogeneous, as the log-barrier, sees the constraint.
         normalization: "image_size" divides the cost by the number of voxels of one sample (the thesis, for sizes in
             voxels), "none" does not.
-        reduction: "mean" over samples, classes and components, "sum", or "none" for (B, C', M).
+        reduction: "mean" over samples, classes and components, "sum", or "none" for (B, C', M). Slices of one volume,
+            for a statistic of whole volumes, are one sample in a mean or sum.
 
     Raises:
         TypeError: the statistic cannot be called, or `formulation` is none.
@@ -102,6 +103,7 @@ class ConstraintLoss(ConstrainedLoss):
         self.unit = units.tolist()
         self.normalization = normalization
         needed, self.named_keys = arguments_of(statistic)
+        self._of_volumes = "volume" in {*needed, *self.named_keys}
         self.target_keys = ("bounds", *(["index"] if formulation.needs_index else []), *needed)
         self.optional_keys = () if formulation.needs_index else ("index",)
 
@@ -127,7 +129,12 @@ class ConstraintLoss(ConstrainedLoss):
             self.last = Residuals(residual.detach(), free, index)
             if self.normalization == "image_size":
                 cost = cost / input[0, 0].numel()
-            return self.reduced(cost)
+            if not self._of_volumes or self.reduction == "none":
+                return self.reduced(cost)
+            # The slices of a volume all have its cost: together they are one sample.
+            share = self._volume_share(target, cost)
+            total = (cost * share.view(-1, 1, 1)).sum()
+            return total if self.reduction == "sum" else total / (share.sum() * cost[0].numel())
 
     def residual(
         self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
@@ -190,8 +197,19 @@ class ConstraintLoss(ConstrainedLoss):
         if self.unit != [1.0]:
             unit = torch.tensor(self.unit, dtype=value.dtype).to(value.device, non_blocking=True)
             residual = residual / unit.unsqueeze(-1)
+        if self._of_volumes and not self.formulation.needs_index:
+            index = _volumes(arguments.get("volume"), index)  # what counts samples counts each volume once
         # 0 moves no multiplier of a Lagrangian.
         return Residuals(residual.masked_fill(free, 0.0), free, index)
+
+    @staticmethod
+    def _volume_share(target: Tensor | Mapping[str, Any], cost: Tensor) -> Tensor:
+        """1 / slices of the same volume, for each slice of the batch (B,)."""
+        volume = target.get("volume") if isinstance(target, Mapping) else None
+        if volume is None:
+            return cost.new_full((len(cost),), 1 / len(cost))
+        volume = plain(torch.as_tensor(volume)).to(cost.device, non_blocking=True)
+        return (volume[:, None] == volume).sum(1).to(cost).reciprocal()
 
     def _parts(self, target: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """Bounds, index, and the further arguments of the statistic."""
@@ -216,3 +234,10 @@ class ConstraintLoss(ConstrainedLoss):
         function = self.statistic.func if isinstance(self.statistic, functools.partial) else self.statistic
         name = function.__name__ if inspect.isfunction(function) else type(function).__name__
         return f"statistic={name}, classes={self.classes}, unit={self.unit}, normalization={self.normalization!r}"
+
+
+def _volumes(volume: Any, index: Tensor | None) -> Tensor | None:
+    """Number of the volume of each slice (B,); that of the first slice, where the batch is one volume."""
+    if volume is not None:
+        return plain(torch.as_tensor(volume))
+    return None if index is None else plain(index).min().expand_as(index)

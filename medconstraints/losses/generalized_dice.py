@@ -8,7 +8,7 @@ import torch
 from monai.utils import Weight
 from torch import Tensor
 
-from medconstraints.checks import flag, number, plain
+from medconstraints.checks import flag, number, plain, readable
 from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry
 from medconstraints.losses.class_label import checked_label, class_sizes, row_sums
 from medconstraints.statistics.arguments import select_channels
@@ -173,7 +173,7 @@ def _checked_one_hot(target: Tensor, input: Tensor) -> Tensor:
             f"target: expected a label {(input.shape[0], 1, *input.shape[2:])} of class numbers, or one-hot "
             f"{tuple(input.shape)}, got {target.dtype} of shape {tuple(target.shape)}."
         )
-    if target.device.type == "cpu" and target.dtype != torch.bool and target.numel():
+    if readable(target) and target.dtype != torch.bool and target.numel():
         low, high = (float(value) for value in target.detach().aminmax())
         if not 0 <= low <= high <= 1:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from medconstraints.checks import number, plain
+from medconstraints.checks import number, plain, readable
 from medconstraints.distance.measures import Euclidean
 from medconstraints.distance.provenance import spacing_now
 from medconstraints.losses.base import Probabilities, ProbabilityLoss, one_entry
@@ -101,6 +101,8 @@ class HausdorffLoss(ProbabilityLoss):
         self.measure = measure
         self._checked_map = DistanceMapCheck()
 
+    # Distances of a prediction are measured on the host, or in loops over its extent: a break in a compiled graph.
+    @torch.compiler.disable
     def forward(
         self, input: Tensor, target: Tensor | Mapping[str, Any], *, probabilities: Probabilities | None = None
     ) -> Tensor:
@@ -146,7 +148,7 @@ class HausdorffLoss(ProbabilityLoss):
         good = (label >= 0) & (label <= highest)
         if numbers and label.is_floating_point():
             good &= label == label.round()
-        if probs.device.type == "cpu" and not bool(good.all()):
+        if readable(probs) and not bool(good.all()):
             expected = f"whole class numbers 0..{highest}" if numbers else "masks with values in 0..1"
             raise ValueError(
                 f"label: expected {expected}, got {float(label[~good][0]):g}; map the labels, resample them with mode "
@@ -158,7 +160,7 @@ class HausdorffLoss(ProbabilityLoss):
         else:
             truth, good = select_channels(label, channels).to(probs.dtype), select_channels(good, channels)
         # Looking at the values would make the host wait for an accelerator: they spoil the loss instead.
-        return truth if probs.device.type == "cpu" else truth.masked_fill(~good, torch.nan)
+        return truth if readable(probs) else truth.masked_fill(~good, torch.nan)
 
     def _spacing(self, label: Tensor, given: Any, shape: torch.Size) -> list[tuple[float, ...]]:
         """Spacing of each sample, in mm."""
@@ -195,12 +197,7 @@ class HausdorffLoss(ProbabilityLoss):
 
     def _distances(self, masks: Tensor, spacing: list[tuple[float, ...]]) -> Tensor:
         """Unsigned distances in mm of masks (N, B, K, *S), on the device on which they were computed."""
-        if self.measure.backend == "numba":
-            masks = masks.cpu()  # all in one transfer
-        if len(set(spacing)) == 1:
-            return self.measure.of_masks(masks.flatten(0, 2), spacing[0]).abs_().view(masks.shape)
-        parts = [self.measure.of_masks(masks[:, b].flatten(0, 1), row) for b, row in enumerate(spacing)]
-        return torch.stack([part.abs_().view(len(masks), *masks.shape[2:]) for part in parts], 1)
+        return _Distances.apply(masks, self.measure, spacing)
 
     def extra_repr(self) -> str:
         """Settings shown by `repr`."""
@@ -208,6 +205,27 @@ class HausdorffLoss(ProbabilityLoss):
             f"alpha={self.alpha:g}, include_background={self.include_background}, measure={self.measure}, "
             f"spacing_mm={self.spacing_mm}, reduction={self.reduction!r}"
         )
+
+
+class _Distances(torch.autograd.Function):
+    """Unsigned distances of masks: no gradient. A function, as `torch.func` hands those the tensors themselves."""
+
+    @staticmethod
+    def forward(masks: Tensor, measure: Euclidean, spacing: list[tuple[float, ...]]) -> Tensor:
+        if measure.backend == "numba":
+            masks = masks.cpu()  # all in one transfer
+        if len(set(spacing)) == 1:
+            return measure.of_masks(masks.flatten(0, 2), spacing[0]).abs_().view(masks.shape)
+        parts = [measure.of_masks(masks[:, b].flatten(0, 1), row) for b, row in enumerate(spacing)]
+        return torch.stack([part.abs_().view(len(masks), *masks.shape[2:]) for part in parts], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
 
 
 def _parts(target: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medconstraints.checks import choice, plain
+from medconstraints.checks import choice, plain, readable
 from medconstraints.formulations.base import at_least_float32
 from medconstraints.losses.base import TargetLoss, one_entry
 
@@ -89,7 +89,7 @@ class PartialCrossEntropyLoss(TargetLoss):
             input = at_least_float32(input)
             weight = None if weight is None else weight.to(input)
             label = target[:, 0]
-            if self.reduction != "none" and input.device.type == "cpu":
+            if self.reduction != "none" and readable(input):
                 return self._labelled_only(input, label, weight)
             label = label.to(input.device, torch.int64)
             loss = F.cross_entropy(input, label, weight=weight, ignore_index=self.ignore_index, reduction="none")

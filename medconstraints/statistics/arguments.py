@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from medconstraints.checks import plain
+from medconstraints.checks import plain, readable
 
 __all__ = [
     "arguments_of",
@@ -53,7 +52,7 @@ def spacing_rows(spacing_mm: Sequence[float] | Tensor, probs: Tensor, dtype: tor
     spacing = torch.as_tensor(spacing_mm, dtype=dtype)
     dims = probs.dim() - 2
     fits = spacing.shape in ((dims,), (probs.shape[0], dims))
-    if not fits or (spacing.device.type == "cpu" and not bool((spacing > 0).all())):
+    if not fits or (readable(spacing) and not bool((spacing > 0).all())):
         raise ValueError(
             f"spacing_mm: expected {dims} positive values, or one row of {dims} for each of the {probs.shape[0]} "
             f"samples, got shape {tuple(spacing.shape)}: {spacing.tolist()}."
@@ -68,15 +67,15 @@ def chosen_pairs(pairs: Sequence[Sequence[int]], probs: Tensor) -> tuple[list[in
         ValueError: no pairs, or a class that does not exist.
     """
     classes = probs.shape[1]
-    rows = np.asarray(pairs)
-    if rows.shape != (len(rows) if rows.ndim else 0, 2) or rows.dtype.kind not in "iu" or not len(rows):
+    rows = [[*pair] if isinstance(pair, Sequence) else [] for pair in pairs] if isinstance(pairs, Sequence) else []
+    if not rows or any(len(row) != 2 or not all(isinstance(number, int) for number in row) for row in rows):
         raise ValueError(f"pairs: expected pairs of class indices, such as [[1, 2]], got {pairs!r}.")
-    if not ((rows >= 0) & (rows < classes)).all():
+    if not all(0 <= number < classes for row in rows for number in row):
         raise ValueError(
             f"pairs: expected class indices 0..{classes - 1}, got {pairs!r}: a class that does not exist; the "
             "background is class 0."
         )
-    return rows[:, 0].tolist(), rows[:, 1].tolist()
+    return [row[0] for row in rows], [row[1] for row in rows]
 
 
 def select_channels(values: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -52,7 +52,7 @@ def soft_volume_size(
     Returns:
         Shape (B, C, 1), float32 (float64 for float64 input): for each slice the size in all slices of its volume that
         are in the batch, voxels or mm^3. Every slice of a volume has the same value, so bounds and indices stay one
-        for each slice, and a mean over slices weighs volumes by their slices.
+        for each slice; `ConstraintLoss` counts the slices of a volume as one sample in its mean or sum.
 
     Raises:
         ValueError: shapes do not fit.

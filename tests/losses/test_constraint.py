@@ -845,18 +845,42 @@ def test_softmax_of_one_channel():
 # Volumes of several slices
 
 
-def test_volume_size(rng, constraint_reference):
-    """Each slice has the bounds of its volume; divided by the pixels of one slice."""
-    probs, volume = random_probs((5, 3, 6, 4), rng), [0, 1, 0, 2, 1]
-    values = constraint_reference.volume_size(probs.numpy(), None, volume)
-    bounds = bounds_around(torch.from_numpy(values), rng)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("volume", [[0, 1, 0, 2, 1], [7] * 5, None], ids=["three", "one", "the batch"])
+def test_volume_size(volume, reduction, rng, constraint_reference):
+    """A volume counts once, however many slices it has; divided by the pixels of one slice."""
+    probs, numbers = random_probs((5, 3, 6, 4), rng), volume or [0] * 5
+    first = [numbers.index(number) for number in numbers]
+    values = constraint_reference.volume_size(probs.numpy(), None, numbers)
+    bounds = 0.5 * bounds_around(torch.from_numpy(values), rng)[first]
+    once = sorted({*first})
+    cost = constraint_reference.quadratic
     expected = constraint_reference.constraint_loss(
-        values, bounds.numpy(), lambda z, *_: constraint_reference.quadratic(z), rows=[1, 2], voxels_per_image=24
+        values[once],
+        bounds[once].numpy(),
+        lambda z, *_: cost(z),
+        rows=[1, 2],
+        voxels_per_image=24,
+        reduction=reduction,
     )
-    loss = ConstraintLoss(soft_volume_size, QuadraticPenalty())
-    value = loss(probs, {"bounds": bounds, "volume": torch.tensor(volume)})
-    assert value.item() == pytest.approx(expected, rel=1e-9)
+    loss = ConstraintLoss(soft_volume_size, QuadraticPenalty(), reduction=reduction)
+    target = {"bounds": bounds} if volume is None else {"bounds": bounds, "volume": torch.tensor(volume)}
+    assert loss(probs, target).item() == pytest.approx(expected, rel=1e-9) and expected != 0
     assert loss.last.residual.shape == (5, 2, 1, 2)
+
+
+def test_a_volume_moves_a_shared_multiplier_once(rng):
+    """As a batch with one slice of each volume whose residuals are the same would."""
+    probs, volume = random_probs((5, 3, 6, 4), rng).float(), torch.tensor([0, 1, 0, 2, 1])
+    bounds = torch.zeros(5, 3, 1, 2)
+    formulation, expected = (ReLULagrangian(learning_rate=0.1) for _ in range(2))
+    ConstraintLoss(soft_volume_size, formulation)(probs, {"bounds": bounds, "volume": volume})
+    formulation.step()
+    sizes = soft_volume_size(probs, volume=volume)[[0, 1, 3], 1:]
+    expected(torch.stack([-sizes, sizes], -1))
+    expected.step()
+    torch.testing.assert_close(formulation.multipliers, expected.multipliers)
+    assert expected.multipliers.any()
 
 
 def test_a_relation_without_its_mark_is_refused():
