@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from monai.data import CacheDataset
 
+from medconstraints import checks
 from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.inference_files import volumes_for_inference
 
@@ -97,7 +98,7 @@ class CohortDataset(CacheDataset):
 
     Raises:
         FileNotFoundError: at the first look at an item, when there is no datalist.
-        ValueError: the datalist cannot be used.
+        ValueError: the datalist cannot be used, or `cache_rate` is no share.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class CohortDataset(CacheDataset):
         cache_rate: float = 1.0,
         num_workers: int = 2,
     ) -> None:
+        if not 0 <= checks.number("cache_rate", cache_rate) <= 1:
+            raise ValueError(f"cache_rate: expected a share of the cases, 0 to 1, got {cache_rate!r}.")
         items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
         there = not isinstance(items, MissingData)
         super().__init__(items, in_order(transform), cache_rate=cache_rate if there else 0.0, num_workers=num_workers)

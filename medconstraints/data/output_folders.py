@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from medconstraints.checks import flag
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["NIFTI_ENDINGS", "check_output_dir", "check_run_dir", "mask_path"]
 
+_LOCKS: dict[Path, FileLock] = {}  # held until the process ends
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
@@ -65,13 +72,14 @@ def check_output_dir(output_dir: str | Path, names: Sequence[str] | None = None,
 def check_run_dir(output_dir: str | Path) -> Path:
     """Make the folder of a training run; refuse one whose weights a new run would replace.
 
-    A folder with `last.pt` is a run that goes on, see `ResumeHandler`.
+    A folder with `last.pt` is a run that goes on, see `ResumeHandler`. It is locked for as long as this process lives,
+    however that ends; where the file system has no locks nothing is.
 
     Args:
         output_dir: the folder; it is made when missing.
 
     Raises:
-        FileExistsError: there is a `model.pt` but no `last.pt`.
+        FileExistsError: there is a `model.pt` but no `last.pt`, or another process trains into the folder.
         PermissionError: the folder cannot be made or written to.
     """
     folder = check_output_dir(output_dir, [])
@@ -80,4 +88,20 @@ def check_run_dir(output_dir: str | Path) -> Path:
             f"output_dir: {folder} has a model.pt but no last.pt to go on from, and training would replace it; choose "
             "another output_dir, or move model.pt away."
         )
+    _lock(folder)
     return folder
+
+
+def _lock(folder: Path) -> None:
+    """Of several processes that train together the first one holds the lock; a process may lock a folder again."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lock = _LOCKS.setdefault(folder.resolve(), FileLock(folder / ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise FileExistsError(
+            f"output_dir: another training is writing to {folder}; wait until it ends, or choose another output_dir."
+        ) from error
+    except NotImplementedError:
+        logger.warning("%s: its file system has no locks; do not start a second training into it", folder)

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -125,8 +126,8 @@ def check_options() -> None:
 def run_settings() -> dict[str, Any]:
     """What must be the same when a run goes on, by the name of each entry: for `ResumeHandler`.
 
-    That is the whole config but for what decides where a run happens and how long it takes, and a fingerprint of the
-    training cases.
+    That is the whole config but for what decides where a run happens and how long it takes, and fingerprints of the
+    training and the validation cases.
     """
     call = _running()
     if call is None:
@@ -136,8 +137,10 @@ def run_settings() -> dict[str, Any]:
     settings = dict(_leaves(config))
     datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if isinstance(datalist, str) and Path(datalist).is_file():
-        cases = json.loads(Path(datalist).read_text(encoding="utf-8")).get("training")
-        settings["training cases of the datalist"] = sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest()[:16]
+        content = json.loads(Path(datalist).read_text(encoding="utf-8"))
+        for section in ("training", "validation"):
+            cases = json.dumps(content.get(section), sort_keys=True)
+            settings[f"{section} cases of the datalist"] = sha256(cases.encode()).hexdigest()[:16]
     return settings
 
 
@@ -148,10 +151,14 @@ def start_run(output_dir: str | Path) -> None:
         FileNotFoundError: there is no datalist.
         FileExistsError: see `check_run_dir`.
         PermissionError: the folder cannot be made or written to.
+        ValueError: the strides of the network do not divide `patch_size`.
     """
     call = _running()
     if call is not None and "datalist" in call.parser.config:
-        load_datalist(_resolved(call.parser, "datalist", call.parser.config["datalist"]))
+        content = load_datalist(_resolved(call.parser, "datalist", call.parser.config["datalist"]))
+        _warn_of_shared_cases(content)
+    if call is not None:
+        _check_patch_size(call.parser.config)
     write_settings(check_run_dir(output_dir))
 
 
@@ -168,6 +175,34 @@ def start_inference(volumes: Any, output_dir: str | Path) -> None:
     if isinstance(volumes, MissingData):
         raise volumes.error
     (Path(output_dir) / SETTINGS_FILE).unlink(missing_ok=True)
+
+
+def _warn_of_shared_cases(datalist: Mapping[str, Any]) -> None:
+    """A validation volume that is trained on flatters."""
+    names = [
+        {str(entry.get("image") if isinstance(entry, dict) else entry) for entry in datalist.get(section) or ()}
+        for section in ("training", "validation")
+    ]
+    if shared := sorted(names[0] & names[1]):
+        logger.warning(
+            "datalist: %d volumes, such as %s, are in training and in validation: its scores say nothing of other "
+            "volumes, and the best weights are not the best",
+            len(shared),
+            Path(shared[0]).name,
+        )
+
+
+def _check_patch_size(config: Mapping[str, Any]) -> None:
+    """A U-shaped network puts its levels together again: each step down must halve without rest."""
+    patch, network = config.get("patch_size"), config.get("network_def")
+    strides = network.get("strides") if isinstance(network, dict) else None
+    if not (isinstance(patch, list) and isinstance(strides, list) and all(isinstance(one, int) for one in strides)):
+        return
+    factor = math.prod(strides)
+    if any(isinstance(size, int) and size > 0 and size % factor for size in patch):
+        raise ValueError(
+            f"patch_size: expected multiples of {factor}, as the strides {strides} of network_def ask for, got {patch}."
+        )
 
 
 def write_settings(folder: str | Path, weights: str | Path | None = None) -> None:

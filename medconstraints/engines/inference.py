@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, list_data_collate
-from monai.engines import SupervisedEvaluator
+from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.inferers import Inferer
 from monai.transforms import Transform
+from monai.utils.enums import CommonKeys
 from torch import nn
 
 from medconstraints.data.output_folders import mask_path
@@ -129,6 +130,7 @@ class TolerantEvaluator(SupervisedEvaluator):
             amp=device.type == "cuda" if amp is None else amp,
         )
         self.add_event_handler(Events.STARTED, self._start)
+        self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._check_finite)
         self.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
@@ -149,6 +151,13 @@ class TolerantEvaluator(SupervisedEvaluator):
             return {}
         self.done.append(name)
         return output
+
+    @staticmethod
+    def _check_finite(engine: Any) -> None:
+        if not bool(torch.isfinite(engine.state.output[CommonKeys.PRED]).all()):
+            raise ValueError(
+                "the network's output has NaN or infinite values: its weights are not sound, or such are in the image"
+            )
 
     def _fail(self, file: str, reason: str) -> None:
         self.failures.append({"file": Path(file).name, "reason": reason})

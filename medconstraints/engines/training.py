@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset
 from torch.utils.data import DistributedSampler as TorchDistributedSampler
 
+from medconstraints import checks
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.losses.base import TargetLoss
 from medconstraints.transforms.collate import pad_boxes_collate
@@ -103,6 +104,7 @@ class TargetTrainer(SupervisedTrainer):
                     "train_data_loader: expected one with a DistributedSampler, because several processes train; else "
                     "each would take all data. Give a dataset, whose loader divides it, or use one process."
                 )
+        checks.whole_number("max_epochs", max_epochs, 1)
         device = torch.device(device)
         if isinstance(loss_function, nn.Module):
             loss_function = loss_function.to(device)

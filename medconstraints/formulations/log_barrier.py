@@ -12,8 +12,8 @@ from medconstraints.formulations.base import Formulation, at_least_float32
 
 __all__ = ["LogBarrierExtension"]
 
-# The barrier is curved below z = -1 / t^2. In float32 a residual of the size of its unit is known to 1.2e-7 only: with a
-# larger t than this the curve cannot be told from 0, and all that still grows is the slope outside.
+# The barrier is curved below z = -1 / t^2. In float32 a residual of the size of its unit is known to 1.2e-7 only: with
+# a larger t than this the curve cannot be told from 0, and all that still grows is the slope outside.
 _SHARPEST_T = torch.finfo(torch.float32).eps ** -0.5
 _LARGEST_T = 1e20  # float32 ends at 3.4e38; no slope is usable beyond this
 
@@ -25,8 +25,8 @@ class LogBarrierExtension(Formulation):
     psi_t(z) = t z - log(1 / t^2) / t + 1 / t  otherwise.
 
     The function and its first derivative are continuous. A satisfied constraint is still pushed away from its bound, by
-    1 / (t |z|); a violated one with the slope t. `t` is a buffer, so a checkpoint resumes the schedule exactly, up to the
-    `max_t` of the module that loads it.
+    1 / (t |z|); a violated one with the slope t. `t` is a buffer, so a checkpoint resumes the schedule exactly, up to
+    the `max_t` of the module that loads it.
 
     Args:
         t: sharpness at the start, > 0. Larger is closer to a hard constraint.
@@ -75,7 +75,8 @@ class LogBarrierExtension(Formulation):
         It holds for the cost E + sum psi_t(z), each psi with the weight 1: with weights w it is sum(w) / t, and a loss
         divides by the voxels of the image, by the number of constraints, and multiplies with its own weight. It
         certifies the minimum of a convex problem for this t, not the point where a training is: with t rising faster
-        than the minimiser follows, the bound falls and the gap does not. For a network it says how sharp the barrier is.
+        than the minimiser follows, the bound falls and the gap does not. For a network it says how sharp the barrier
+        is, no more.
         """
         return num_constraints / float(self.t)
 

@@ -33,9 +33,10 @@ class ConstraintMetricsHandler:
     - `satisfied_<constraint>` and `violation_<constraint>`, by the names that the loss gives its constraints, with
       those of a `CombinedLoss` before: `size_lower_1`, `centroid_upper_1_0`, see `ConstrainedLoss.constraint_names`;
     - in training, of the formulations: what they report, such as `t`; `duality_gap_at_minimum` of a log-barrier: the
-      bound P N / t if the loss were convex and at its minimum for this t, each of the constraints of the epoch with
-      the weight 1, see `LogBarrierExtension.duality_gap_bound`; `dual_mean`, the mean of the multipliers, also implicit ones, over the constraints that were visited, before any division by
-      the image size. With several formulations, `_<loss>` behind.
+      bound P N / t if the loss were convex and at its minimum for this t, each of the constraints of the epoch with the
+      weight 1, see `LogBarrierExtension.duality_gap_bound`; `dual_mean`, the mean of the multipliers, also implicit
+      ones, over the constraints that were visited, before any division by the image size. With several formulations,
+      `_<loss>` behind.
 
     A metric over no constraint is left out, such as `stability` in the first epoch, and all of a loss that was not
     computed; its cell of the CSV file is empty.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from medconstraints.handlers.parts import formulations_in, parts_of
 from medconstraints.losses.base import TargetLoss
 from medconstraints.losses.partial_cross_entropy import PartialCrossEntropyLoss
 from medconstraints.losses.proposals import ProposalLoss
+from medconstraints.processes import of_all_processes
 
 __all__ = [
     "LossTermsHandler",
@@ -24,6 +26,9 @@ __all__ = [
     "RequireTargetsHandler",
     "StepFormulationHandler",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def _terms(loss: Any) -> dict[str, Tensor]:
@@ -77,14 +82,16 @@ _ADVICE = {
     "volumes hold the classes, and their value for what is not annotated. To train on constraints alone, take the loss "
     "that reads the weak label out.",
 }
+_CLASS_NUMBERS = {"boxes", "label", "weak_label"}  # entries that hold some
 
 
 class RequireTargetsHandler:
     """Stops a run whose first epoch had nothing to learn from: not one box, not one annotated voxel.
 
     Looks at what the parts of the trainer's loss read as "boxes" (B, N, 1 + 2 D), whose class must be above 0, and as
-    "weak_label" (B, 1, *S), which must not be the loss's `ignore_index`. In distributed training the batches of all
-    processes count, and all of them stop: one alone would leave the others waiting for it.
+    "weak_label" (B, 1, *S), which must not be the loss's `ignore_index`. Warns of classes of the network that were in
+    none of them, and in no "label" (B, 1, *S). In distributed training the batches of all processes count, and all of
+    them stop: one alone would leave the others waiting for it.
 
     Raises:
         ValueError: after the first epoch.
@@ -92,6 +99,7 @@ class RequireTargetsHandler:
 
     def __init__(self) -> None:
         self._found: dict[str, bool] = {}
+        self._classes: set[int] = set()
         self._epoch_done = False
 
     def attach(self, engine: Engine) -> None:
@@ -107,14 +115,31 @@ class RequireTargetsHandler:
                 values = engine.state.batch.get(entries[entry])
                 if values is not None and not self._found.get(entry):
                     self._found[entry] = bool(_teaches(entry, loss, values).any())
+            for entry in _CLASS_NUMBERS & entries.keys():
+                values = engine.state.batch.get(entries[entry])
+                if values is not None and (entry == "boxes" or values.shape[1] == 1):
+                    numbers = values[..., 0] if entry == "boxes" else values
+                    self._classes.update(int(number) for number in numbers.unique().tolist())
 
-    def _judge(self, engine: Engine) -> None:
+    def _judge(self, engine: Any) -> None:
         if self._epoch_done:
             return
         self._epoch_done = True
         for entry in sorted(self._found):
             if not idist.all_reduce(float(self._found[entry]), op="MAX"):
                 raise ValueError(f"{entry}: {_ADVICE[entry]}")
+        numbers = torch.tensor(sorted(self._classes), dtype=torch.int64, device=idist.device())
+        seen = set(of_all_processes(numbers).tolist())
+        output = engine.state.output
+        first = output[0][CommonKeys.PRED] if isinstance(output, list) else output[CommonKeys.PRED][0]
+        channels = first.shape[0]
+        absent = [number for number in range(1, channels) if number not in seen]
+        if seen and absent:
+            logger.warning(
+                "the classes %s are in no target of the whole first epoch: nothing teaches them; check the labels of "
+                "the training volumes and num_classes",
+                absent,
+            )
 
 
 def _teaches(entry: str, loss: TargetLoss, values: Tensor) -> Tensor:

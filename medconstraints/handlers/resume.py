@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import random
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.engines import SupervisedTrainer, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from medconstraints.data.slices import VolumeBatchSampler
@@ -47,11 +47,33 @@ class Stateful(Protocol):
 
 
 def _save(state: Any, path: Path) -> None:
-    """Write beside and rename: a run killed while it writes leaves the former file whole."""
+    """Write beside and rename: a run killed while it writes leaves the former file whole.
+
+    Raises:
+        RuntimeError: a number is not finite; the former file stays.
+    """
+    if bad := [name for name, tensor in _tensors(state) if not bool(tensor.isfinite().all())]:
+        raise RuntimeError(
+            f"{path.name}: not written, as {len(bad)} of its tensors, such as {bad[0]!r}, hold NaN or infinity though "
+            "every loss was finite: a gradient was not. Lower the learning rate or clip the gradient; a run that is "
+            "started again goes on from what was saved before."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     torch.save(state, beside)
     os.replace(beside, path)
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a nested state, with their names."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from _tensors(value, f"{name}.{number}")
 
 
 def _unwrapped(obj: Any) -> Any:
@@ -156,8 +178,9 @@ class ResumeHandler:
 
     Of MONAI's `SupervisedTrainer` network, optimizer and loss are kept as they are, under these names, and of any
     `Trainer` the gradient scaler of mixed precision: without it the first steps of a resumed run would be skipped until
-    its scale fits again. Put it last among the trainer's handlers, so that it saves what the others changed. In
-    distributed training process 0 saves, and all load.
+    its scale fits again. A file is there from the start on, of epoch 0: it says that what else is in the folder belongs
+    to this run, and a run that was killed before its first epoch ended begins anew. Put it last among the trainer's
+    handlers, so that it saves what the others changed. In distributed training process 0 saves, and all load.
 
     Args:
         path: the file, such as `output/last.pt`; each stage of a method has its own.
@@ -224,9 +247,13 @@ class ResumeHandler:
         _save(state, self.path)
 
     def _load(self, engine: Engine) -> None:
-        if not self.path.exists():
+        state = self._read() if self.path.exists() else None
+        idist.barrier()  # all have looked before process 0 writes
+        if state is None or not state["trainer"]["epoch"]:
+            if idist.get_rank() == 0:
+                self._write(engine)
             return
-        state, objects = self._read(), self._stateful(engine)
+        objects = self._stateful(engine)
         # A run may go on on a device of another kind, with a scaler that it did not have before.
         missing = sorted({*objects, *self.counters} - {*state["objects"], *state["counters"], "scaler"})
         if missing:

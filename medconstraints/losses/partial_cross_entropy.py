@@ -60,6 +60,7 @@ class PartialCrossEntropyLoss(TargetLoss):
         self.ignore_index = int(ignore_index)
         self.average = choice("average", average, ("image", "batch"))
         self.register_buffer("weight", values)
+        self._unlabelled: Tensor | None = None
 
     def forward(self, input: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch.
@@ -89,6 +90,7 @@ class PartialCrossEntropyLoss(TargetLoss):
             input = at_least_float32(input)
             weight = None if weight is None else weight.to(input)
             label = target[:, 0]
+            self._unlabelled = (label == self.ignore_index).flatten(1).all(1).float().mean()
             if self.reduction != "none" and readable(input):
                 return self._labelled_only(input, label, weight)
             label = label.to(input.device, torch.int64)
@@ -102,6 +104,17 @@ class PartialCrossEntropyLoss(TargetLoss):
             if weight is not None:
                 share = share * weight[label.masked_fill(~labelled, 0)]
             return self._mean(loss.flatten(1).sum(1), share.flatten(1).sum(1))
+
+    def terms(self) -> dict[str, Tensor]:
+        """Of the last forward pass: "unlabelled", the share of its images without a labelled voxel.
+
+        They teach this loss nothing: a patch beside the annotation, or a point of one voxel that a rotation lost.
+        """
+        return {} if self._unlabelled is None else {"unlabelled": self._unlabelled}
+
+    def left_out(self) -> None:
+        """Nothing was looked at in this batch."""
+        self._unlabelled = None
 
     def _labelled_only(self, input: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         """The same from the labelled voxels alone. Elsewhere than on the CPU their number would make the host wait."""

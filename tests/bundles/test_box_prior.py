@@ -122,7 +122,7 @@ def scalars(folder):
 
 
 def test_training_writes_weights_state_and_logs(trained):
-    files = {"constraints.csv", "last.pt", "model.pt", "settings.json", "tensorboard"}
+    files = {".lock", "constraints.csv", "last.pt", "model.pt", "settings.json", "tensorboard"}
     assert {path.name for path in trained.iterdir()} == files
     values = scalars(trained)
     terms = [f"train_box_prior{part}" for part in ("", "_tightness", "_size", "_emptiness")]

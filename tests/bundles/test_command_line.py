@@ -80,7 +80,7 @@ def test_two_processes_train_one_network(command, environment, tmp_path):
         return run([*torchrun, *command("train", "multi_gpu_train", output_dir=output, epochs=epochs)], environment)
 
     train(1)
-    names = {"constraints.csv", "last.pt", "model.pt", "settings.json", "tensorboard"}
+    names = {".lock", "constraints.csv", "last.pt", "model.pt", "settings.json", "tensorboard"}
     assert {path.name for path in output.iterdir()} == names
     parser = ConfigParser({"network_def": TINY["network_def"], "num_classes": 2})
     parser.get_parsed_content("network_def").load_state_dict(load(output / "model.pt"))

@@ -449,7 +449,7 @@ def test_bad_options_are_named(train, two_class_cohort, tmp_path, messages, opti
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         train(two_class_cohort, output=tmp_path, **options)
     assert re.search(expected, messages(caught.value)), messages(caught.value)
-    assert not (tmp_path / "last.pt").exists()
+    assert not (tmp_path / "model.pt").exists()
 
 
 # A run that is killed

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -214,9 +216,26 @@ def test_mask_path(tmp_path):
 
 def test_run_folder_with_foreign_weights(tmp_path):
     assert check_run_dir(tmp_path / "new" / "run") == tmp_path / "new" / "run"
-    assert tree(tmp_path) == {"new": False, "new/run": False}
+    assert set(tree(tmp_path)) == {"new", "new/run", "new/run/.lock"}
     (tmp_path / "model.pt").write_bytes(b"work")
     with pytest.raises(FileExistsError, match=r"has a model\.pt but no last\.pt .*; choose another output_dir"):
         check_run_dir(tmp_path)
     (tmp_path / "last.pt").write_bytes(b"state")
     assert check_run_dir(tmp_path) == tmp_path
+
+
+def test_two_trainings_into_one_folder(tmp_path):
+    """The lock is that of a process, and goes with it however it ends."""
+    code = (
+        "import sys, time; from medconstraints.data.output_folders import check_run_dir; "
+        "check_run_dir(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(FileExistsError, match="output_dir: another training is writing to"):
+            check_run_dir(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    assert check_run_dir(tmp_path) == check_run_dir(tmp_path) == tmp_path

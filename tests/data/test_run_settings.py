@@ -151,9 +151,36 @@ def test_settings_of_a_run_that_goes_on(config_file, tmp_path):
     for option in ("alpha", "slice_axis", "optimizer#lr", "train#random_transforms"):
         changed = compared(config_file, datalist=str(cases), **{option: 7})
         assert {name for name in base if changed.get(name) != base[name]} >= {option}
-    cases.write_text(json.dumps({"training": [{"image": "b.nii"}]}))
-    changed = compared(config_file, datalist=str(cases))
-    assert [name for name in base if changed[name] != base[name]] == ["training cases of the datalist"]
+    for section in ("training", "validation"):
+        other = {"training": [{"image": "a.nii"}], "validation": []} | {section: [{"image": "b.nii"}]}
+        cases.write_text(json.dumps(other))
+        changed = compared(config_file, datalist=str(cases))
+        assert [name for name in base if changed[name] != base[name]] == [f"{section} cases of the datalist"]
+
+
+def test_a_patch_that_the_strides_do_not_divide_is_refused(config_file, tmp_path):
+    (tmp_path / "datalist.json").write_text("{}")
+    config = CONFIG | {
+        "datalist": str(tmp_path / "datalist.json"),
+        "patch_size": [48, 64],
+        "network_def": {"_target_": "UNet", "strides": [2, 2, 2]},
+    }
+    config_file.write_text(json.dumps(config | {"run": ["$data.start_run(@output_dir)"]}))
+    run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "one"))
+    with pytest.raises(Exception) as caught:
+        run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "two"), patch_size=[48, 60])
+    assert "patch_size: expected multiples of 8" in str(caught.value.__cause__ or caught.value)
+    assert not (tmp_path / "two").exists()
+
+
+def test_warns_of_volumes_that_train_and_validate(config_file, tmp_path, caplog):
+    cases = tmp_path / "datalist.json"
+    cases.write_text(
+        json.dumps({"training": [{"image": "a.nii"}, "b.nii"], "validation": ["b.nii", {"image": "c.nii"}]})
+    )
+    config_file.write_text(json.dumps(CONFIG | {"datalist": str(cases), "run": ["$data.start_run(@output_dir)"]}))
+    run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "run"))
+    assert "1 volumes, such as b.nii, are in training and in validation" in caplog.text
 
 
 def test_settings_carry_those_of_the_training(config_file, tmp_path, caplog):

@@ -107,6 +107,21 @@ def test_the_others_are_done(make_evaluator, tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_fails_its_volume(make_evaluator, value):
+    """Its argmax would be a mask like any other."""
+
+    class Spoilt(nn.Module):
+        def forward(self, x):
+            return x.clone().index_fill_(-1, torch.tensor([0]), value) if (x == 2).any() else x
+
+    evaluator = make_evaluator(["1.nii", "2.nii"], network=Spoilt())
+    evaluator.run()
+    assert evaluator.done == ["1.nii"]
+    assert [failure["file"] for failure in evaluator.failures] == ["2.nii"]
+    assert "NaN or infinite" in evaluator.failures[0]["reason"]
+
+
 def test_all_done(make_evaluator, tmp_path, caplog):
     evaluator = make_evaluator(DONE, report_path=tmp_path / "report.json")
     with caplog.at_level(logging.INFO, "medconstraints"):

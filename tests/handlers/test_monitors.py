@@ -127,6 +127,30 @@ def test_a_first_epoch_with_nothing_to_learn_from(make_trainer, items, mean_loss
         make_trainer(with_one(items, other), handlers=[RequireTargetsHandler()]).run()
 
 
+@pytest.mark.parametrize(("key", "values", "absent"), [("label", [0, 2], "[1, 3]"), ("weak_label", [-1, 1, 2, 3], "")])
+def test_classes_that_nothing_teaches(make_trainer, items, mean_loss, caplog, key, values, absent):
+    class FourClasses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.weight.view(1, 4, 1, 1) * x
+
+    mean_loss.target_keys = (key,)
+    values = torch.tensor((values * 2)[:4], dtype=torch.float32).view(1, 2, 2)
+    trainer = make_trainer(
+        [item | {key: values} for item in items],
+        max_epochs=2,
+        handlers=[RequireTargetsHandler()],
+        network=FourClasses(),
+        decollate=False,
+    )
+    trainer.run()
+    told = f"the classes {absent} are in no target of the whole first epoch"
+    assert caplog.text.count("in no target") == bool(absent) and (not absent or told in caplog.text)
+
+
 @pytest.mark.parametrize(("mine", "theirs"), [("boxes", 0.0), ("weak_label", 1.0), ("weak_label", 0.0)])
 def test_processes_agree_on_what_is_there(make_trainer, items, other_process, mine, theirs):
     """A process without boxes goes on with the others; reduced once, in each process."""

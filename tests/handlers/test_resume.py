@@ -1,6 +1,7 @@
 """Seeds, the best weights, and resuming: a run that was cut off ends like one that was not."""
 
 import logging
+import math
 import random
 
 import numpy as np
@@ -288,6 +289,38 @@ def test_a_kill_while_writing_leaves_the_former_state(tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == before
     assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2  # the leftover does no harm,
     assert not (tmp_path / "last.pt.part").exists()  # and is used up by the next write
+
+
+@pytest.mark.parametrize("of", ["weights", "moments"])
+def test_a_state_that_is_not_finite_is_not_written(tmp_path, of):
+    """A gradient that is not finite in the last iteration, with a finite loss."""
+    Run(tmp_path, max_epochs=1)()
+    before = (tmp_path / "last.pt").read_bytes()
+    spoilt = Run(tmp_path, max_epochs=2)
+
+    def spoil(engine):
+        weight = next(engine.network.parameters())
+        values = weight.data if of == "weights" else engine.optimizer.state[weight]["exp_avg"]
+        values.view(-1)[0] = math.nan
+
+    spoilt.engine.add_event_handler(Events.ITERATION_COMPLETED(once=6), spoil)
+    with pytest.raises(
+        RuntimeError, match=r"last\.pt: not written, as 1 of its tensors, such as 'objects\..*', hold NaN"
+    ):
+        spoilt()
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2
+
+
+def test_a_run_killed_before_its_first_epoch_ended_begins_anew(tmp_path):
+    """Also with other settings: nothing was trained with the former ones."""
+    cut = Run(tmp_path, max_epochs=2, settings={"alpha": 1})
+    cut.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: (_ for _ in ()).throw(StopRunError))
+    with pytest.raises(StopRunError):
+        cut()
+    assert (tmp_path / "last.pt").exists()
+    again, whole = Run(tmp_path, max_epochs=2, settings={"alpha": 2})(), Run(tmp_path / "whole", max_epochs=2)()
+    assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
 
 
 class Payload:

@@ -255,3 +255,13 @@ def test_labels_between_classes_are_refused():
     weak = torch.tensor([-0.4, 1.7, -1.0, -1.0]).view(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"target: expected whole class numbers, got -0\.4; .*nearest"):
         PartialCrossEntropyLoss()(torch.zeros(1, 3, 2, 2), weak)
+
+
+def test_says_how_many_images_have_no_annotation():
+    loss, weak = PartialCrossEntropyLoss(), torch.full((4, 1, 3, 3), -1)
+    assert loss.terms() == {}
+    weak[2, 0, 1, 1] = 1
+    loss(torch.zeros(4, 2, 3, 3), weak)
+    assert loss.terms()["unlabelled"] == 0.75
+    loss.left_out()
+    assert loss.terms() == {}

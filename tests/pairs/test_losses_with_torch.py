@@ -52,9 +52,8 @@ def made(name):
     weak = label.where(torch.rand(label.shape, generator=generator) < 0.2, torch.tensor(-1))
     maps = torch.randn(SHAPE, generator=generator)
     bounds = torch.tensor([[5.0, 9.0], [3.0, 4.0], [10.0, 30.0]]).view(1, 3, 1, 2).repeat(3, 1, 1, 1)
-    boxes = torch.tensor(
-        [[[1, 1, 1, 6, 5], [2, 0, 2, 4, 6]], [[1, 2, 0, 8, 3], [-1, 0, 0, 0, 0]], [[-1] + [0] * 4] * 2]
-    )
+    none = [-1, 0, 0, 0, 0]
+    boxes = torch.tensor([[[1, 1, 1, 6, 5], [2, 0, 2, 4, 6]], [[1, 2, 0, 8, 3], none], [none, none]])
     indexed = {"bounds": bounds, "index": INDEX}
     barrier = LogBarrierExtension()
     losses = {
