@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from medconstraints.data.inference_files import volumes_for_inference
 
 __all__ = ["CohortDataset", "MissingData", "TransformSteps", "cohort_items", "in_order", "inference_items"]
 
+_MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): expected this key")  # MONAI's words, and ours
 # A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
 TransformSteps = Callable[..., Any] | Sequence[Any] | Mapping[str, Any]
 
@@ -98,7 +100,8 @@ class CohortDataset(CacheDataset):
 
     Raises:
         FileNotFoundError: at the first look at an item, when there is no datalist.
-        ValueError: the datalist cannot be used, or `cache_rate` is no share.
+        ValueError: the datalist cannot be used, an entry lacks a key that the transforms read, or `cache_rate` is no
+            share.
     """
 
     def __init__(
@@ -117,3 +120,44 @@ class CohortDataset(CacheDataset):
         items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
         there = not isinstance(items, MissingData)
         super().__init__(items, in_order(transform), cache_rate=cache_rate if there else 0.0, num_workers=num_workers)
+
+    def _fill_cache(self, indices: Any = None) -> list[Any]:
+        self._failed: Exception | None = None
+        items: list[Any] = super()._fill_cache(indices)
+        if self._failed is not None:
+            raise self._failed
+        return items
+
+    def _load_cache_item(self, idx: int) -> Any:
+        # An error is kept until all threads are done: one that still works while the process ends would abort it.
+        if self._failed is None:
+            try:
+                return super()._load_cache_item(idx)
+            except Exception as error:
+                self._failed = _missing_entry(error, self.data[idx]) or error
+        return None
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            if (missing := _missing_entry(error, self.data[index])) is None:
+                raise
+            raise missing from None
+
+
+def _missing_entry(error: BaseException, item: Any) -> ValueError | None:
+    """What to say when a transform asked for a key that the item does not have; None for another error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = _MISSING_KEY.search(str(error)) if isinstance(error, KeyError) else None
+    key = None if found is None else found[1] or found[2]
+    if key is None or key in item:
+        return None
+    image = item["image"]
+    name = Path(str(image[0] if isinstance(image, list) else image)).name
+    keys = sorted({*item} - {"index", "fully_labelled"})
+    return ValueError(
+        f"{name}: its entry of the datalist has no {key!r}, only {keys}; add it, leave the entry "
+        "out, or choose where annotation comes from (box_source, weak_source or size_source)."
+    )

@@ -51,6 +51,7 @@ def _save(state: Any, path: Path) -> None:
 
     Raises:
         RuntimeError: a number is not finite; the former file stays.
+        OSError: the disk is full or fails; the former file stays.
     """
     if bad := [name for name, tensor in _tensors(state) if not bool(tensor.isfinite().all())]:
         raise RuntimeError(
@@ -60,7 +61,14 @@ def _save(state: Any, path: Path) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    torch.save(state, beside)
+    try:
+        torch.save(state, beside)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        beside.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: cannot be written ({str(error).splitlines()[0]}); make room, or look at the disk, and start the "
+            "run again: it goes on from the former file."
+        ) from error
     os.replace(beside, path)
 
 

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import nibabel as nib
 import numpy as np
@@ -118,38 +116,6 @@ def test_two_processes_where_one_has_no_boxes_and_nothing_is_validated(command, 
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "boxes: not one box in a whole epoch" in done.stderr
-
-
-def test_a_killed_run_resumes_exactly(command, environment, tmp_path):
-    epochs = 40
-
-    def arguments(name):
-        return command("train", output_dir=tmp_path / name, epochs=epochs, val_interval=4)
-
-    run(arguments("whole"), environment)
-    last = tmp_path / "cut" / "last.pt"
-    process = subprocess.Popen(
-        [sys.executable, *arguments("cut")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not last.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.1)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 1 <= load(last)["trainer"]["epoch"] < epochs  # whole, whenever the signal came
-    log = run(arguments("cut"), environment)
-    assert "resumed after epoch" in log
-    one, two = load(tmp_path / "whole" / "last.pt"), load(last)
-    assert one["trainer"] == two["trainer"]
-    assert one["evaluator"] == two["evaluator"]
-    one, two = one["objects"]["network"], two["objects"]["network"]
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    best = [load(tmp_path / name / "model.pt") for name in ("whole", "cut")]
-    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
 
 
 def test_three_dimensional_boxes_by_option(command, environment, tmp_path):

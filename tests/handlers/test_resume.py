@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -289,6 +291,30 @@ def test_a_kill_while_writing_leaves_the_former_state(tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == before
     assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2  # the leftover does no harm,
     assert not (tmp_path / "last.pt.part").exists()  # and is used up by the next write
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the limits of a POSIX system")
+def test_a_full_disk_leaves_the_former_state(tmp_path):
+    """A limit of the file size stands for it: the write fails in the middle."""
+    import resource
+
+    Run(tmp_path, max_epochs=1)()
+    before = (tmp_path / "last.pt").read_bytes()
+    child = os.fork()
+    if not child:
+        told = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+            Run(tmp_path, max_epochs=2)()
+        except OSError as error:
+            told = 0 if "last.pt: cannot be written" in str(error) else 2
+        finally:
+            os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert Run(tmp_path, max_epochs=2)().engine.state.epoch == 2
 
 
 @pytest.mark.parametrize("of", ["weights", "moments"])

@@ -1,0 +1,130 @@
+"""Runs that are killed again and again, while they train and while they write, end as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+
+import medconstraints.handlers.resume as resume
+
+pytestmark = pytest.mark.slow
+
+TINY = {
+    "device": "$torch.device('cpu')",
+    "num_classes": 3,
+    "patch_size": [24, 24, 16],
+    "spacing_mm": [-1, -1, -1],
+    "network_def": {
+        "_target_": "UNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": "@num_classes",
+        "channels": [4, 8],
+        "strides": [2],
+        "dropout": 0.1,
+    },
+    "epochs": 12,
+    "val_interval": 1,
+    "batch_size": 2,
+    "num_workers": 0,
+    "seed": 3,
+}
+RUNS = {
+    "box_prior": (["train"], {}),
+    "boundary_loss": (["train"], {}),
+    "size_constraint": (["train"], {}),
+    "log_barrier": (["train"], {}),
+    "log_barrier, Lagrangian": (["train", "baselines"], {"baseline": "augmented_lagrangian"}),
+}
+KILLS, KILLS_WHILE_WRITING = 20, 10
+
+
+def in_child(work):
+    """Process number of a copy of this process that does the work and ends with status 0, or 1 after an error."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def kill_in_write(number):
+    """Half a file is written the n-th time, and the process killed."""
+    whole, calls = torch.save, []
+
+    def save(state, path):
+        whole(state, path)
+        calls.append(path)
+        if len(calls) == number:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    resume.torch.save = save
+
+
+def ended(child):
+    """Whether it was killed; its own errors fail the test."""
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def final(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)
+    best = torch.load(folder / "model.pt", weights_only=True)
+    state.pop("settings")
+    return {name: tensor for name, tensor in resume._tensors({"last": state, "best": best})}, state["trainer"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_killed_over_and_over(name, bundles_root, run_bundle, two_class_cohort, tmp_path):
+    configs, options = RUNS[name]
+    bundle, draws = bundles_root / name.split(",")[0], random.Random(0)
+
+    def start(folder, before=lambda: None):
+        def work():
+            torch.set_num_threads(1)
+            before()
+            run_bundle(bundle, configs, datalist=two_class_cohort, output_dir=tmp_path / folder, **TINY, **options)
+
+        return in_child(work)
+
+    begun = time.monotonic()
+    assert not ended(start("whole"))
+    seconds = time.monotonic() - begun
+    killed = 0
+    for _ in range(KILLS):
+        child = start("cut")
+        time.sleep(draws.uniform(0.1, 0.6) * seconds)
+        os.kill(child, signal.SIGKILL)
+        killed += ended(child)
+    for _ in range(KILLS_WHILE_WRITING):
+        number = draws.randrange(1, 6)
+        killed += ended(start("cut", lambda number=number: kill_in_write(number)))
+        # A run that is through writes no more: one that is killed while it writes starts anew.
+        if (tmp_path / "cut").exists() and final_epoch(tmp_path / "cut") == TINY["epochs"]:
+            assert_same(tmp_path / "whole", tmp_path / "cut")
+            (tmp_path / "cut").rename(tmp_path / f"done_{number}_{killed}")
+    assert killed >= KILLS_WHILE_WRITING
+    assert not ended(start("cut"))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def final_epoch(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["trainer"]["epoch"] if (folder / "last.pt").exists() else 0
+
+
+def assert_same(one, two):
+    (first, trainer), (second, other) = final(one), final(two)
+    assert trainer == other and first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
