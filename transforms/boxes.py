@@ -55,7 +55,7 @@ class LabelToBoxesd(MapTransform):
         seed: int = 0,
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(checks.one_key(keys), allow_missing_keys)
         self.boxes_key = boxes_key
         self.mode = mode
         self.slice_axis = slice_axis

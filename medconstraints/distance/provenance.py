@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def record(affine: Tensor, spacing_mm: Sequence[float], scale_mm: float) -> dict
     }
 
 
-def is_recorded(distance_map: Tensor) -> bool:
+def is_recorded(distance_map: Tensor) -> TypeGuard[MetaTensor]:
     """Whether a tensor, or a batch, says itself that it is a distance map."""
     return isinstance(distance_map, MetaTensor) and isinstance(distance_map.meta.get(RECORD), Mapping)
 

@@ -26,6 +26,9 @@ def source_file(image: Any) -> str | None:
 class PrepareBatchTargets(PrepareBatch):
     """`prepare_batch` of a trainer: `(image, {key: target})`, with the targets that the loss says it reads.
 
+    `TargetTrainer` makes its own, and leaves the label where training metrics look for it. MONAI's `SupervisedTrainer`
+    shows its metrics the mapping instead.
+
     Args:
         loss: its `target_keys` must be in the batch, its `optional_keys` are taken if they are.
         target_keys: keys that must be in the batch; None takes those of the loss.

@@ -47,7 +47,8 @@ class BoxPriorLoss(ConstrainedLoss):
 
     Args:
         formulation: residual -> cost, such as `LogBarrierExtension()` or `QuadraticPenalty()`.
-        width: lines per band, w, in voxels.
+        width: lines per band, w, in voxels: 5 in the thesis, for boxes of a hundred pixels. The bundle `box_prior` sets
+            1, for objects that are not much thicker than 5 voxels.
         filling: smallest and largest share of its boxes that an object fills, 0 <= lower <= upper <= 1, or one such
             pair for each foreground class. `medconstraints.boxes.fit_filling` fits them to a few segmented cases.
         slice_axis: None when boxes span the volume; 0, 1 or 2 when every object has one flat box per slice across that

@@ -133,6 +133,17 @@ def _spread(bands: Tensor, inside: Tensor, total: Tensor, plan: BoxPlan, channel
     return plan.samples(grad.to(dtype))
 
 
+def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
+    """Rule of `torch.func.vmap`: the plan has the layout of one batch, so the batches go one after the other."""
+    found = [
+        function.apply(*(a if dim is None else a.select(dim, n) for a, dim in zip(arguments, in_dims, strict=True)))
+        for n in range(info.batch_size)
+    ]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
 class _Gather(torch.autograd.Function):
     """`_gather` with its transpose as derivative; linear, so only the plan is kept."""
 
@@ -153,6 +164,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _gather(tangent, ctx.plan)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(_Gather, info, in_dims, arguments)
 
 
 class _Spread(torch.autograd.Function):
@@ -175,3 +190,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, bands: Tensor, inside: Tensor, total: Tensor, *_: Any) -> Tensor:
         return _spread(bands, inside, total, ctx.plan, ctx.channels, ctx.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(_Spread, info, in_dims, arguments)

@@ -142,6 +142,17 @@ def test_every_choice_of_the_config_is_tested(bundle, parsed, dataset_dir):
         assert {key: type(loss) for key, loss in found.items()} == known
 
 
+def test_the_focal_loss_is_the_published_sum_over_the_classes(bundle, parsed, dataset_dir):
+    """Lin 2017, eq. 4: of each voxel -(1 - p)^2 log p of its own class; then the mean over the voxels."""
+    focal = parsed(bundle, CONFIGS, "regional_losses", dataset_dir=dataset_dir)["focal"]
+    num_classes = parsed(bundle, CONFIGS, "num_classes", dataset_dir=dataset_dir)
+    logits = torch.randn(2, num_classes, 5, 4, 3)
+    label = torch.randint(0, num_classes, (2, 1, 5, 4, 3))
+    own = torch.softmax(logits, 1).gather(1, label)
+    expected = -((1 - own) ** 2 * own.log()).mean()
+    torch.testing.assert_close(focal(logits, label), expected)
+
+
 @pytest.mark.parametrize("regional", REGIONAL)
 def test_regional_losses(trained, regional):
     output, loss, seen = trained(regional=regional)

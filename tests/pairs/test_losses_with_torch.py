@@ -146,6 +146,19 @@ def test_func_grad(name):
     torch.testing.assert_close(found, expected)
 
 
+LOOK_AT_VALUES = {"Hausdorff", "proposals", "partial cross-entropy", "sum"}  # of each batch, on the host
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in LOOK_AT_VALUES])
+def test_vmap_of_func_grad(name):
+    """A gradient for each of several outputs, as ensembles take them."""
+    loss, target = made(name)
+    gradient = torch.func.grad(lambda x: loss(x, target))
+    several = torch.stack([logits_of(), 0.5 * logits_of()])
+    loss.eval()  # what observes residuals would observe those of another level
+    torch.testing.assert_close(torch.func.vmap(gradient)(several), torch.stack([gradient(one) for one in several]))
+
+
 @each_loss
 def test_autocast(name):
     loss, target = made(name)
