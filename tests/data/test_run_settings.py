@@ -6,6 +6,7 @@ import pytest
 from monai.bundle import ConfigWorkflow, run
 
 from medconstraints.data import (
+    CohortDataset,
     MissingData,
     cohort_items,
     inference_items,
@@ -171,6 +172,12 @@ def test_a_patch_that_the_strides_do_not_divide_is_refused(config_file, tmp_path
         run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "two"), patch_size=[48, 60])
     assert "patch_size: expected multiples of 8" in str(caught.value.__cause__ or caught.value)
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("share", [5, -0.1, True, "1"])
+def test_a_cache_rate_is_a_share(tmp_path, share):
+    with pytest.raises(ValueError, match="cache_rate: expected"):
+        CohortDataset(tmp_path / "datalist.json", "training", [], cache_rate=share)
 
 
 def test_warns_of_volumes_that_train_and_validate(config_file, tmp_path, caplog):

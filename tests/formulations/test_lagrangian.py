@@ -649,3 +649,36 @@ def test_augmented_lagrangian_steps_as_cooper_does():
             formulation.multipliers[0].double(), problem.multiplier.weight.detach(), rtol=1e-4, atol=1e-5
         )
     torch.testing.assert_close(formulation.multipliers[0].double(), DUAL, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("name", [*MAKERS, "barrier"])
+def test_state_stays_exact_when_a_module_is_converted(name, kind, rng):
+    """A training in half precision: steps work, and nothing is rounded to three digits."""
+    make = {**MAKERS, "barrier": lambda: LogBarrierExtension(t=5.3)}[name]
+    expected, converted = make(), getattr(make(), kind)()
+    for _ in range(3):
+        residual, index = batch_of([0, 3, 1], rng)
+        for formulation in (expected, converted):
+            formulation(residual, index)
+            formulation.step()
+    assert all(buffer.dtype != torch.float16 for buffer in converted.buffers())
+    for one, two in zip(expected.buffers(), converted.buffers(), strict=True):
+        torch.testing.assert_close(one.double(), two.double(), rtol=1e-6, atol=0)
+
+
+@each
+def test_limits_of_a_module_hold_for_a_state_that_it_loads(name, rng):
+    formulation = (
+        trained(name, rng, epochs=20, learning_rate=3.0) if name != "AugmentedLagrangian" else trained(name, rng)
+    )
+    state = formulation.state_dict()
+    limit = float(formulation.multipliers.max()) / 2
+    limited = MAKERS[name](max_multiplier=limit)
+    limited.load_state_dict(state)
+    torch.testing.assert_close(limited.multipliers, state["multipliers"].clamp(max=limit))
+    if name == "AugmentedLagrangian":
+        state["penalty"] = torch.tensor(100.0)
+        limited = MAKERS[name](max_penalty=5.0)
+        limited.load_state_dict(state)
+        assert float(limited.penalty) == 5
