@@ -184,7 +184,7 @@ def test_logits_without_an_activation_are_refused(name):
     """In the first batch; what is within rounding of 0..1 passes, and later batches are not looked at."""
     target = made(name)[1]
     for probs in (logits_of(), torch.full(SHAPE, 1.1), torch.full(SHAPE, -0.1)):
-        with pytest.raises(ValueError, match="input: expected probabilities, 0 to 1, .* give softmax=True"):
+        with pytest.raises(ValueError, match=r"input: expected probabilities, 0 to 1, .* give softmax=True"):
             WITHOUT_ACTIVATION[name]()(probs, target)
     loss = WITHOUT_ACTIVATION[name]()
     for probs in (torch.softmax(logits_of(), 1), torch.softmax(logits_of(), 1).bfloat16().float() * 1.001, logits_of()):
