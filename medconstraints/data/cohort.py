@@ -14,7 +14,15 @@ from medconstraints import checks
 from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.inference_files import volumes_for_inference
 
-__all__ = ["CohortDataset", "MissingData", "TransformSteps", "cohort_items", "in_order", "inference_items"]
+__all__ = [
+    "CohortDataset",
+    "MissingData",
+    "TransformSteps",
+    "cohort_items",
+    "in_order",
+    "inference_items",
+    "missing_entry",
+]
 
 _MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): expected this key")  # MONAI's words, and ours
 # A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
@@ -134,19 +142,19 @@ class CohortDataset(CacheDataset):
             try:
                 return super()._load_cache_item(idx)
             except Exception as error:
-                self._failed = _missing_entry(error, self.data[idx]) or error
+                self._failed = missing_entry(error, self.data[idx]) or error
         return None
 
     def _transform(self, index: int) -> Any:
         try:
             return super()._transform(index)
         except Exception as error:
-            if (missing := _missing_entry(error, self.data[index])) is None:
+            if (missing := missing_entry(error, self.data[index])) is None:
                 raise
             raise missing from None
 
 
-def _missing_entry(error: BaseException, item: Any) -> ValueError | None:
+def missing_entry(error: BaseException, item: Any) -> ValueError | None:
     """What to say when a transform asked for a key that the item does not have; None for another error."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -154,7 +162,7 @@ def _missing_entry(error: BaseException, item: Any) -> ValueError | None:
     key = None if found is None else found[1] or found[2]
     if key is None or key in item:
         return None
-    image = item["image"]
+    image = item.get("image", "volume")
     name = Path(str(image[0] if isinstance(image, list) else image)).name
     keys = sorted({*item} - {"index", "fully_labelled"})
     return ValueError(

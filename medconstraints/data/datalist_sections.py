@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PATH_KEYS", "choose_segmented", "load_datalist", "number_items", "read_datalist", "read_labelled"]
+__all__ = [
+    "PATH_KEYS",
+    "choose_segmented",
+    "fingerprints",
+    "load_datalist",
+    "number_items",
+    "read_datalist",
+    "read_labelled",
+]
 
 logger = logging.getLogger(__name__)
 
 # MONAI's load_decathlon_datalist completes "image" and "label" only.
 PATH_KEYS = ("image", "label", "boxes", "scribble")
+_BLOCK_BYTES = 1 << 16
 
 
 def load_datalist(path: str | PathLike[str]) -> dict[str, Any]:
@@ -84,6 +94,41 @@ def read_datalist(
     if not entries and required:
         raise ValueError(f"datalist: section {section!r} of {file.name} is empty.")
     return entries
+
+
+def fingerprints(path: str | PathLike[str], section: str) -> list[str]:
+    """For each entry of a section the name of its image, and a number that changes with the entry or its files.
+
+    The folder of the datalist does not matter. Of a file its size and three blocks are read: the last one has the
+    checksum of a .nii.gz file.
+
+    Raises:
+        FileNotFoundError: no such datalist.
+        ValueError: it is not JSON, or the section has an entry without image.
+    """
+    given = load_datalist(path).get(section) or []
+    found = []
+    for plain, entry in zip(given, read_datalist(path, section, required=False), strict=True):
+        digest = sha256(json.dumps(plain, sort_keys=True).encode())
+        for key in (key for key in PATH_KEYS if key in entry):
+            for file in entry[key] if isinstance(entry[key], list) else [entry[key]]:
+                digest.update(_sample(Path(file)))
+        image = entry["image"][0] if isinstance(entry["image"], list) else entry["image"]
+        found.append(f"{Path(image).name} {digest.hexdigest()[:16]}")
+    return found
+
+
+def _sample(file: Path) -> bytes:
+    """Size of a file, and blocks of its start, middle and end; nothing of one that is not there."""
+    if not file.is_file():
+        return b""
+    size = file.stat().st_size
+    parts = [str(size).encode()]
+    with file.open("rb") as stream:
+        for start in (0, size // 2, max(0, size - _BLOCK_BYTES)):
+            stream.seek(start)
+            parts.append(stream.read(_BLOCK_BYTES))
+    return b"".join(parts)
 
 
 def read_labelled(path: str | PathLike[str], section: str) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import create_workflow
 
 from medconstraints.data.cohort import MissingData
-from medconstraints.data.datalist_sections import load_datalist
+from medconstraints.data.datalist_sections import fingerprints, load_datalist
 from medconstraints.data.output_folders import check_run_dir
 
 __all__ = [
@@ -72,7 +71,8 @@ FREE_TO_CHANGE = frozenset(
         "validate",
     }
 )
-FREE_IN_TRAIN = frozenset({"dataloader", "dataset", "handlers", "inferer", "monitors", "sampler", "trainer"})
+FREE_IN_TRAIN = frozenset({"handlers"})  # MONAI appends its tracking there; what they do has settings of its own
+FREE_IN_PARTS = frozenset({"cache_rate", "max_epochs", "num_workers"})
 
 
 class _Call(NamedTuple):
@@ -111,6 +111,12 @@ def check_options() -> None:
             if "#" in word.partition("=")[2] or ("#" in word and not word.startswith(("-", "$", "@", "%")))
         ]
     known = _known(call)
+    faults += [
+        f"--{name}: a # in {value!r} would be taken for a separator; choose a name without it"
+        for name, value in _leaves({name: call.parser.config[name] for name in {*call.parser.config} - NOT_SETTINGS})
+        if isinstance(value, str) and ("#" in value or "::" in value) and not value.startswith(("$", "@", "%"))
+        if not name.split("#")[-1].startswith("_")  # a comment
+    ]
     given = call.options if call.options is not None else _changed(call.parser, known)
     faults += [fault for name, value in given.items() for fault in _faults(name, value, known)]
     if call.options is not None:
@@ -126,21 +132,20 @@ def check_options() -> None:
 def run_settings() -> dict[str, Any]:
     """What must be the same when a run goes on, by the name of each entry: for `ResumeHandler`.
 
-    That is the whole config but for what decides where a run happens and how long it takes, and fingerprints of the
-    training and the validation cases.
+    That is the whole config but for what decides where a run happens and how long it takes (`FREE_TO_CHANGE`,
+    `FREE_IN_TRAIN`, `FREE_IN_PARTS`), and the training and the validation cases: their entries and their files.
     """
     call = _running()
     if call is None:
         return {}
     config = {key: value for key, value in call.parser.config.items() if key not in NOT_SETTINGS | FREE_TO_CHANGE}
     config["train"] = {key: value for key, value in config.get("train", {}).items() if key not in FREE_IN_TRAIN}
-    settings = dict(_leaves(config))
+    settings = {name: value for name, value in _leaves(config) if name.split("#")[-1] not in FREE_IN_PARTS}
     datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if isinstance(datalist, str) and Path(datalist).is_file():
-        content = json.loads(Path(datalist).read_text(encoding="utf-8"))
         for section in ("training", "validation"):
-            cases = json.dumps(content.get(section), sort_keys=True)
-            settings[f"{section} cases of the datalist"] = sha256(cases.encode()).hexdigest()[:16]
+            for number, case in enumerate(fingerprints(datalist, section)):
+                settings[f"{section} case {number} of the datalist"] = case
     return settings
 
 
@@ -171,7 +176,10 @@ def start_inference(volumes: Any, output_dir: str | Path) -> None:
 
     Raises:
         OSError: the error that `inference_items` met.
+        ValueError: the strides of the network do not divide `patch_size`.
     """
+    if (call := _running()) is not None:
+        _check_patch_size(call.parser.config)
     if isinstance(volumes, MissingData):
         raise volumes.error
     (Path(output_dir) / SETTINGS_FILE).unlink(missing_ok=True)
@@ -320,8 +328,6 @@ def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
         yield f"--{name} {value}: is passed on as a text; write --{name} {SPELLING[value.lower()]}"
     elif isinstance(default, bool | int | float | list | dict):
         yield f"--{name}: expected {_kind(default)}, got the text {value!r}"
-    elif "#" in value or "::" in value:  # MONAI makes the one of the other
-        yield f"--{name}: a # in {value!r} would be taken for a separator; choose a name without it"
 
 
 def _fits(value: Any, default: Any) -> bool:

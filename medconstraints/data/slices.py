@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from medconstraints import checks
-from medconstraints.data.cohort import TransformSteps, in_order
+from medconstraints.data.cohort import TransformSteps, in_order, missing_entry
 
 __all__ = ["SliceDataset", "VolumeBatchSampler"]
 
@@ -100,7 +100,13 @@ class SliceDataset(Dataset):
         large: set[str] = set()
         prepare = Compose(in_order(volume_transform))
         for volume, entry in enumerate(data):
-            slices, rest = self._cut(prepare(entry), volume)
+            try:
+                prepared = prepare(entry)
+            except Exception as error:
+                if (missing := missing_entry(error, entry)) is None:
+                    raise
+                raise missing from None
+            slices, rest = self._cut(prepared, volume)
             large |= {str(key) for key, value in rest.items() if _is_large(value)}
             rest = {key: value for key, value in rest.items() if not _is_large(value)}
             count = len(next(iter(slices.values())))

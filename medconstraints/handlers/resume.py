@@ -32,6 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 8  # changed settings in an error
 _OTHER = "it belongs to another run, or this one was changed; move it away to start again."
 
 
@@ -316,7 +317,8 @@ class ResumeHandler:
             if (name in saved, saved.get(name)) != (name in self.settings, self.settings.get(name))
         ]
         if changed:
+            more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise RuntimeError(
-                f"{self.path.name}: belongs to a run with other settings: {'; '.join(changed)}; choose another "
-                "output_dir, set them back, or move the file away to start again."
+                f"{self.path.name}: belongs to a run with other settings: {'; '.join(changed[:_SHOWN])}{more}; choose "
+                "another output_dir, set them back, or move the file away to start again."
             )

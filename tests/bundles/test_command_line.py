@@ -131,3 +131,39 @@ def test_three_dimensional_boxes_by_option(command, environment, tmp_path):
     run(masks, environment)
     report = json.loads((tmp_path / "masks" / "inference.json").read_text())
     assert report == {"done": ["phantom_006.nii.gz", "phantom_007.nii.gz"], "failed": []}
+
+
+def missing(folder, content):
+    (folder / content["training"][0]["image"]).unlink()
+
+
+def empty(folder, content):
+    (folder / content["training"][0]["image"]).write_bytes(b"")
+
+
+def without_label(folder, content):
+    del content["training"][0]["label"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (missing, {}, ["phantom_000.nii.gz", "no such file"]),
+        (empty, {}, ["phantom_000.nii.gz", "is empty (0 bytes)"]),
+        (without_label, {}, ["phantom_000.nii.gz", "no 'label'", "box_source"]),
+        (None, {"box_source": "files"}, ["phantom_00", "no 'boxes'", "box_source"]),
+        (None, {"patch_size": "[15,16,16]"}, ["patch_size: expected multiples of 2"]),
+        (None, {"output_dir": "runs/a#b"}, ["runs/a#b", "what follows a # is cut off"]),
+    ],
+)
+def test_an_expected_error_ends_with_its_reason(
+    command, environment, cohort, copy_cohort, tmp_path, spoil, options, words
+):
+    options = {"epochs": 1, "output_dir": tmp_path / "run", **options}
+    if spoil is not None:
+        options["dataset_dir"] = copy_cohort(cohort, tmp_path / "cohort", spoil).parent
+    arguments = [sys.executable, *command("train", **options)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last

@@ -156,7 +156,8 @@ def test_settings_of_a_run_that_goes_on(config_file, tmp_path):
         other = {"training": [{"image": "a.nii"}], "validation": []} | {section: [{"image": "b.nii"}]}
         cases.write_text(json.dumps(other))
         changed = compared(config_file, datalist=str(cases))
-        assert [name for name in base if changed[name] != base[name]] == [f"{section} cases of the datalist"]
+        differ = {name for name in {*base, *changed} if changed.get(name) != base.get(name)}
+        assert differ == {f"{section} case 0 of the datalist"}
 
 
 def test_a_patch_that_the_strides_do_not_divide_is_refused(config_file, tmp_path):
@@ -227,3 +228,56 @@ def test_volumes_that_are_not_there_stop_an_inference_before_it_writes(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing"):
         start_inference(volumes, tmp_path / "masks")
     assert not (tmp_path / "masks").exists()
+
+
+def test_other_files_of_the_same_names_are_another_cohort(config_file, tmp_path):
+    """Every cohort of phantoms has an imagesTr/phantom_000.nii.gz; a folder that was moved is the same cohort."""
+    found = {}
+    for name, content in (("a", b"1"), ("b", b"2"), ("moved", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.nii").write_bytes(content * 10)
+        entries = {"training": [{"image": "x.nii"}], "validation": ["x.nii"]}
+        (tmp_path / name / "datalist.json").write_text(json.dumps(entries))
+        found[name] = compared(config_file, datalist=str(tmp_path / name / "datalist.json"))
+    assert found["moved"] == found["a"]
+    changed = {name for name in found["a"] if found["b"][name] != found["a"][name]}
+    assert changed == {"training case 0 of the datalist", "validation case 0 of the datalist"}
+    assert found["a"]["training case 0 of the datalist"].startswith("x.nii ")
+
+
+@pytest.mark.parametrize(
+    ("option", "free"),
+    [
+        ("train#dataset#drop", False),
+        ("train#dataset#cache_rate", True),
+        ("train#monitors#weights#increment", False),
+        ("train#inferer#size", False),
+        ("train#trainer#accumulation_steps", False),
+        ("train#trainer#max_epochs", True),
+        ("train#trainer#num_workers", True),
+        ("train#handlers#extra", True),
+    ],
+)
+def test_parts_of_the_training_that_may_change(config_file, option, free):
+    train = {
+        "dataset": {"drop": 1, "cache_rate": 1},
+        "monitors": {"weights": {"increment": 1}},
+        "inferer": {"size": 1},
+        "trainer": {"accumulation_steps": 1, "max_epochs": 1, "num_workers": 1},
+        "handlers": {"extra": 1},
+    }
+    config_file.write_text(json.dumps(CONFIG | {"train": train, "reads_too": "$[@optimizer, @train]"}))
+    assert (compared(config_file, **{option: 2}) == compared(config_file)) == free
+
+
+@pytest.mark.parametrize("way", ["python", "overlay", "nested"])
+def test_a_separator_in_a_path_is_refused_wherever_it_comes_from(config_file, tmp_path, way):
+    wrong = str(tmp_path / "runs#2")
+    overlay = tmp_path / "overlay.json"
+    content = {"optimizer#path": wrong} if way == "nested" else {"output_dir": wrong}
+    overlay.write_text(json.dumps({} if way == "python" else content))
+    options = {"output_dir": wrong} if way == "python" else {}
+    workflow = ConfigWorkflow([str(config_file), str(overlay)], logging_file=False, **options)
+    with pytest.raises(RuntimeError) as caught:
+        workflow.initialize()
+    assert "separator" in str(caught.value.__cause__)

@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine
 from monai.data import DataLoader, MetaTensor
 from monai.data.utils import set_rnd
-from monai.transforms import Lambdad, RandFlipd, RandGaussianNoised
+from monai.transforms import CopyItemsd, Lambdad, RandFlipd, RandGaussianNoised
 
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
 from medconstraints.handlers import EpochSeedHandler
@@ -302,3 +302,8 @@ def test_wrong_samplers(volumes):
         VolumeBatchSampler(dataset, max_slices=0)
     with pytest.raises(ValueError, match="seed: expected an integer >= 0, got -1"):
         VolumeBatchSampler(dataset, seed=-1)
+
+
+def test_a_key_that_an_entry_lacks():
+    with pytest.raises(ValueError, match=r"b\.nii: its entry of the datalist has no 'label'"):
+        SliceDataset([{"image": "/a/b.nii"}], [CopyItemsd("label", names="copy")])
