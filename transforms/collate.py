@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from monai.data import list_data_collate
 
+from medconstraints.checks import label_name
+
 __all__ = ["pad_boxes_collate"]
 
 
@@ -22,7 +24,7 @@ def pad_boxes_collate(batch: Sequence[Any], keys: Sequence[Hashable] = ("boxes",
         The collated batch; boxes have shape (B, max N, 1 + 2 D), class -1 marks padding.
 
     Raises:
-        ValueError: some items have boxes under a key and others do not.
+        ValueError: some items have boxes under a key and others do not, or one lacks what the first one has.
     """
     flat: list[Mapping[Hashable, Any]] = [i for entry in batch for i in (entry if isinstance(entry, list) else [entry])]
     items = [dict(item) for item in flat]
@@ -40,4 +42,12 @@ def pad_boxes_collate(batch: Sequence[Any], keys: Sequence[Hashable] = ("boxes",
         for item in items:
             boxes = torch.as_tensor(item[key])
             item[key] = torch.nn.functional.pad(boxes, (0, 0, 0, most - len(boxes)), value=-1)
+    for key in items[0] if items else ():
+        for item in items:
+            if key not in item:
+                name = label_name(item.get("image"), "an item")
+                raise ValueError(
+                    f"{key}: some items of the batch have it, but {name} has only {sorted(map(str, item))}; add it to "
+                    "its entry in the datalist, or leave the entry out."
+                )
     return list_data_collate(items)

@@ -114,3 +114,9 @@ def test_a_data_loader_feeds_the_loss(workers, rng):
 def test_an_item_without_the_boxes_of_the_others_is_named():
     with pytest.raises((ValueError, KeyError), match=r"boxes.*item 1"):
         pad_boxes_collate([{"boxes": rows(1)}, {"image": torch.zeros(1)}])
+
+
+def test_an_item_that_lacks_a_label_is_named():
+    images = [MetaTensor(torch.zeros(1, 2, 2), meta={"filename_or_obj": f"/a/case_{i}.nii"}) for i in range(2)]
+    with pytest.raises(ValueError, match=r"label: .*case_1\.nii has only \['image'\]; add it"):
+        pad_boxes_collate([{"image": images[0], "label": torch.zeros(1, 2, 2)}, {"image": images[1]}])
