@@ -1,9 +1,12 @@
 """Data sets: manifests of public data, datalists, slices, folders that runs write to."""
 
-from medconstraints.data.cohort import CohortDataset, MissingData, cohort_items, in_order, inference_items
+from medconstraints.data.class_items import class_items
+from medconstraints.data.cohort import CohortDataset, cohort_items, in_order, inference_items
 from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
+from medconstraints.data.guide_split import EpochSampler, GuideSplit
 from medconstraints.data.inference_files import volumes_for_inference
 from medconstraints.data.manifests import check_dataset, load_manifest, make_datalist
+from medconstraints.data.missing import MissingData
 from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
 from medconstraints.data.run_settings import (
     check_options,
@@ -17,6 +20,8 @@ from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
 
 __all__ = [
     "CohortDataset",
+    "EpochSampler",
+    "GuideSplit",
     "MissingData",
     "SliceDataset",
     "VolumeBatchSampler",
@@ -24,6 +29,7 @@ __all__ = [
     "check_options",
     "check_output_dir",
     "check_run_dir",
+    "class_items",
     "cohort_items",
     "in_order",
     "inference_items",

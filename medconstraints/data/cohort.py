@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from monai.data import CacheDataset
 
 from medconstraints import checks
+from medconstraints.data.class_items import class_items
 from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.inference_files import volumes_for_inference
+from medconstraints.data.missing import MissingData
 
 __all__ = [
     "CohortDataset",
@@ -27,22 +29,6 @@ __all__ = [
 _MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): expected this key")  # MONAI's words, and ours
 # A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
 TransformSteps = Callable[..., Any] | Sequence[Any] | Mapping[str, Any]
-
-
-class MissingData(Sequence[Any]):
-    """Stands for cases that are not there: it has the length 1, and raises its error at the first look.
-
-    Tools look at a bundle's engines on machines without any data; training then stops with the error.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        raise self.error
 
 
 def cohort_items(
@@ -103,6 +89,7 @@ class CohortDataset(CacheDataset):
         transform: named steps, see `in_order`; the deterministic transforms at the beginning are cached.
         labelled: see there.
         fully_labelled: see there.
+        num_classes: of a classification, whose entries name a class, see `class_items`; None for segmentation.
         cache_rate: share of the cases that is kept in memory.
         num_workers: threads that fill the cache.
 
@@ -120,12 +107,16 @@ class CohortDataset(CacheDataset):
         *,
         labelled: bool = False,
         fully_labelled: int = 0,
+        num_classes: int | None = None,
         cache_rate: float = 1.0,
         num_workers: int = 2,
     ) -> None:
         if not 0 <= checks.number("cache_rate", cache_rate) <= 1:
             raise ValueError(f"cache_rate: expected a share of the cases, 0 to 1, got {cache_rate!r}.")
-        items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
+        if num_classes is None:
+            items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
+        else:
+            items = class_items(datalist, section, num_classes=num_classes)
         there = not isinstance(items, MissingData)
         super().__init__(items, in_order(transform), cache_rate=cache_rate if there else 0.0, num_workers=num_workers)
 

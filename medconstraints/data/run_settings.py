@@ -25,8 +25,8 @@ from weakref import WeakKeyDictionary
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import create_workflow
 
-from medconstraints.data.cohort import MissingData
 from medconstraints.data.datalist_sections import fingerprints, load_datalist
+from medconstraints.data.missing import MissingData
 from medconstraints.data.output_folders import check_run_dir
 
 __all__ = [

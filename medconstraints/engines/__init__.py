@@ -1,11 +1,15 @@
 """Engines and what they take their batches from: training, validation, and inference that survives bad files."""
 
+from medconstraints.engines.classification import ClassificationEvaluator
+from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.engines.training import TargetTrainer
 from medconstraints.engines.validation import ValidationEvaluator
 
 __all__ = [
+    "ClassificationEvaluator",
+    "GuidedTrainer",
     "PrepareBatchTargets",
     "TargetTrainer",
     "TolerantDataset",
