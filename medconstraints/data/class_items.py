@@ -44,9 +44,7 @@ def class_items(datalist: str | PathLike[str], section: str, *, num_classes: int
         elif {"image", "class"} <= entry.keys():
             items.append({**entry, "image": str(file.parent / entry["image"]), "label": entry["class"]})
         else:
-            raise ValueError(
-                f"{where}: expected an image and its class, or npz, images and labels, got {sorted(entry)}."
-            )
+            raise ValueError(f"{where}: expected image and class, or npz, images and labels, got {sorted(entry)}.")
         strange = {item["label"] for item in items if item["label"] not in range(num_classes)}
         if strange:
             raise ValueError(f"{where}: expected classes 0..{num_classes - 1}, got {sorted(strange, key=str)}.")
