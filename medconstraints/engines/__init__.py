@@ -1,5 +1,6 @@
 """Engines and what they take their batches from: training, validation, and inference that survives bad files."""
 
+from medconstraints.engines.bilevel import BilevelTrainer
 from medconstraints.engines.classification import ClassificationEvaluator
 from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
@@ -8,6 +9,7 @@ from medconstraints.engines.training import TargetTrainer
 from medconstraints.engines.validation import ValidationEvaluator
 
 __all__ = [
+    "BilevelTrainer",
     "ClassificationEvaluator",
     "GuidedTrainer",
     "PrepareBatchTargets",
