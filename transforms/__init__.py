@@ -15,6 +15,7 @@ from medconstraints.transforms.common_bounds import fit_common_bounds, load_comm
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
+from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
@@ -29,6 +30,7 @@ __all__ = [
     "ItemToBoundsd",
     "LabelToBoundsd",
     "LabelToBoxesd",
+    "LearnedAugmentd",
     "LoadBoxesd",
     "LoadVolumed",
     "Points",

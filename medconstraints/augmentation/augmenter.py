@@ -187,6 +187,7 @@ class Augmenter(nn.Module):
         nodes: int = 4,
     ) -> None:
         super().__init__()
+        self.spatial_dims = spatial_dims
         self.quantities = quantities(families, spatial_dims, limits)
         if not (math.isfinite(spread_floor) and spread_floor >= 0):
             raise ValueError(f"spread_floor: expected a number >= 0, got {spread_floor!r}.")

@@ -1,5 +1,6 @@
 """Handlers: what is attached to an engine, such as schedules, logs, checkpoints and the dual ascent."""
 
+from medconstraints.handlers.augmenter_report import AugmenterReportHandler
 from medconstraints.handlers.constraints import ConstraintMetricsHandler
 from medconstraints.handlers.dual_pass import DualPassHandler
 from medconstraints.handlers.lists import HandlerList, training_handlers, validation_handlers
@@ -19,6 +20,7 @@ from medconstraints.handlers.resume import (
 )
 
 __all__ = [
+    "AugmenterReportHandler",
     "ConstraintMetricsHandler",
     "DualPassHandler",
     "EpochSeedHandler",
