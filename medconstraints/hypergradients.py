@@ -36,6 +36,7 @@ __all__ = [
     "inner_gradient",
     "inner_state",
     "inner_step",
+    "look_ahead",
     "mixed_product",
     "step_jacobian",
     "unrolled_gradient",
@@ -203,6 +204,39 @@ def _quotient(numerator: Tensor, square: Tensor, eps: float) -> Tensor:
     return torch.where(reached, numerator / (torch.where(reached, square, 1.0).sqrt() + eps), 0.0)
 
 
+def look_ahead(
+    optimizer: Optimizer, parameters: Parameters, gradients: Parameters, *, max_norm: float | None = None
+) -> tuple[dict[str, Tensor], Callable[[Parameters], dict[str, Tensor]]]:
+    """Parameters after the optimizer's next step, and the function v -> u of its Jacobian, see `step_jacobian`.
+
+    Args:
+        optimizer: see `inner_state`; it does not move.
+        parameters: those of the optimizer, by name.
+        gradients: g at which the step is taken.
+        max_norm: see `inner_step`.
+
+    Raises:
+        TypeError: see `inner_state`.
+        ValueError: see `inner_state`.
+    """
+    leaves = {name: gradient.detach().requires_grad_() for name, gradient in gradients.items()}
+    state = inner_state(optimizer, parameters)
+    state = state._replace(parameters={name: value.detach() for name, value in parameters.items()})
+    after = inner_step(optimizer, state, leaves, parameters=parameters, max_norm=max_norm).parameters
+    moved = [name for name, value in after.items() if value.requires_grad]
+
+    def pulled_back(direction: Parameters) -> dict[str, Tensor]:
+        products = torch.autograd.grad(
+            [after[name] for name in moved],
+            list(leaves.values()),
+            [direction[name] for name in moved],
+            materialize_grads=True,
+        )
+        return dict(zip(leaves, products, strict=True))
+
+    return {name: value.detach() for name, value in after.items()}, pulled_back
+
+
 def step_jacobian(
     optimizer: Optimizer,
     parameters: Parameters,
@@ -217,27 +251,13 @@ def step_jacobian(
     their state. In Adam's first steps, where g / |g| hardly depends on g, it is about 0: let it run in first.
 
     Args:
-        optimizer: see `inner_state`.
-        parameters: those of the optimizer, by name.
-        gradients: g at which the step is taken.
+        optimizer: see `look_ahead`.
+        parameters: see there.
+        gradients: see there.
         direction: v.
         max_norm: see `inner_step`.
-
-    Raises:
-        TypeError, ValueError: see `inner_state`.
     """
-    leaves = {name: gradient.detach().requires_grad_() for name, gradient in gradients.items()}
-    state = inner_state(optimizer, parameters)
-    state = state._replace(parameters={name: value.detach() for name, value in parameters.items()})
-    after = inner_step(optimizer, state, leaves, parameters=parameters, max_norm=max_norm)
-    moved = [name for name, value in after.parameters.items() if value.requires_grad]
-    products = torch.autograd.grad(
-        [after.parameters[name] for name in moved],
-        list(leaves.values()),
-        [direction[name] for name in moved],
-        materialize_grads=True,
-    )
-    return dict(zip(leaves, products, strict=True))
+    return look_ahead(optimizer, parameters, gradients, max_norm=max_norm)[1](direction)
 
 
 def mixed_product(

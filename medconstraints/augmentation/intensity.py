@@ -37,18 +37,21 @@ def blurred(image: Tensor, sigma_mm: Tensor, spacing_mm: Tensor, *, largest_mm: 
         spacing_mm: (B, D).
         largest_mm: of all sigmas; sets the size of the kernel.
     """
-    batch, channels = image.shape[:2]
-    for axis in range(image.dim() - 2):
-        step = spacing_mm[:, axis]
-        radius = min(max(1, math.ceil(2.5 * largest_mm / float(step.min()))), image.shape[axis + 2] - 1)
-        offset = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
+    dims = image.dim() - 2
+    for axis in range(dims):
+        step, length = spacing_mm[:, axis], image.shape[axis + 2]
+        radius = min(max(1, math.ceil(2.5 * largest_mm / float(step.min()))), length - 1)
+        offset = torch.arange(radius + 1, device=image.device, dtype=image.dtype)
         variance = (sigma_mm / step) ** 2
-        kernel = torch.exp(-(offset**2) / (2 * variance[:, None] + 1e-6))  # a single 1 without any sigma
-        kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.dtype).repeat_interleave(channels, 0)[:, None]
-        rows = image.movedim(axis + 2, -1)
-        flat = F.pad(rows.reshape(batch * channels, -1, rows.shape[-1]), (radius, radius), mode="replicate")
-        taps = flat.unfold(-1, 2 * radius + 1, 1)
-        image = torch.einsum("nrxk,nk->nrx", taps, kernel[:, 0]).reshape(rows.shape).movedim(-1, axis + 2)
+        taps = torch.exp(-(offset**2) / (2 * variance[:, None] + 1e-6))  # a single 1 without any sigma
+        taps = taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+        border = [0, 0] * dims
+        border[2 * (dims - 1 - axis) : 2 * (dims - axis)] = [radius, radius]
+        padded = F.pad(image, border, mode="replicate")
+        image = image * _wide(taps[:, 0], image)
+        for k in range(1, radius + 1):
+            both = padded.narrow(axis + 2, radius - k, length) + padded.narrow(axis + 2, radius + k, length)
+            image = image + both * _wide(taps[:, k], image)
     return image
 
 

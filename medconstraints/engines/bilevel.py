@@ -17,10 +17,8 @@ from medconstraints.hypergradients import (
     frozen_statistics,
     guide_gradient,
     inner_gradient,
-    inner_state,
-    inner_step,
+    look_ahead,
     mixed_product,
-    step_jacobian,
     unrolled_gradient,
 )
 
@@ -151,11 +149,10 @@ class BilevelTrainer(GuidedTrainer):
         output = outputs[0].detach()
         if learns:
             with frozen_statistics(self.plain_network):
-                state = inner_state(self.optimizer, parameters)
-                after = inner_step(self.optimizer, state, gradients, max_norm=self.max_norm).parameters
+                after, pulled_back = look_ahead(self.optimizer, parameters, gradients, max_norm=self.max_norm)
                 self.guide_loss, v = guide_gradient(self._guide(), after)
                 averaged([*v.values()])
-                u = step_jacobian(self.optimizer, parameters, gradients, v, max_norm=self.max_norm)
+                u = pulled_back(v)
                 options = {"gradients": graph} if twice else {}
                 products = mixed_product(loss, parameters, inputs, u, method=self.method, **options)
             self._learn(made, products[: len(made)])

@@ -19,11 +19,10 @@ __all__ = ["AugmenterReportHandler"]
 
 
 class AugmenterReportHandler:
-    """After each epoch writes `augmenter.json`, `augmented.png` and histograms for TensorBoard, and sets metrics.
+    """After each epoch writes `augmenter.json` and `augmented.png`, and for TensorBoard each quantity's distribution.
 
     The picture has a row for each of some epochs: one training image (of a volume its middle slice), then draws of it.
-    Metrics are the mean and the spread of each quantity, `augment_<name>_mean` and `augment_<name>_spread`. In
-    distributed training process 0 writes.
+    TensorBoard gets the histogram of each quantity, its mean and its spread. In distributed training process 0 writes.
 
     Args:
         augmenter: what learns.
@@ -50,9 +49,9 @@ class AugmenterReportHandler:
         table = write_draws(self.augmenter, self.output_dir / "augmenter.json", note={"epoch": epoch})
         with SummaryWriter(log_dir=str(self.output_dir / "tensorboard")) as writer:
             for quantity, column in zip(self.augmenter.quantities, table.T, strict=True):
-                engine.state.metrics[f"augment_{quantity.name}_mean"] = float(column.mean())
-                engine.state.metrics[f"augment_{quantity.name}_spread"] = float(column.std())
                 writer.add_histogram(f"augment/{quantity.name}", column, epoch)
+                writer.add_scalar(f"augment_mean/{quantity.name}", column.mean(), epoch)
+                writer.add_scalar(f"augment_spread/{quantity.name}", column.std(), epoch)
         if self.image is None:
             batch = engine.state.batch  # a list of items where the trainer has taken it apart
             image = batch[0]["image"][None] if isinstance(batch, list) else batch["image"][:1]
