@@ -5,6 +5,7 @@ from medconstraints.transforms.boxes import BoxesToGridd, LabelToBoxesd
 from medconstraints.transforms.chains import (
     bounds_transforms,
     box_transforms,
+    class_transforms,
     mask_transforms,
     reading_transforms,
     weak_label_transforms,
@@ -42,6 +43,7 @@ __all__ = [
     "WeakLabeld",
     "bounds_transforms",
     "box_transforms",
+    "class_transforms",
     "fit_common_bounds",
     "intensity_transforms",
     "label_to_bounds",

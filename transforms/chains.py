@@ -14,6 +14,8 @@ from monai.transforms import (
     CopyItemsd,
     EnsureTyped,
     Invertd,
+    Lambdad,
+    LoadImage,
     MapLabelValued,
     NormalizeIntensityd,
     Orientationd,
@@ -32,7 +34,14 @@ from medconstraints.transforms.save_mask import SaveMaskd
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
 
-__all__ = ["bounds_transforms", "box_transforms", "mask_transforms", "reading_transforms", "weak_label_transforms"]
+__all__ = [
+    "bounds_transforms",
+    "box_transforms",
+    "class_transforms",
+    "mask_transforms",
+    "reading_transforms",
+    "weak_label_transforms",
+]
 
 Chain = list[Callable[..., Any]]
 
@@ -73,6 +82,32 @@ def reading_transforms(
         chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
     normalize = NormalizeIntensityd("image", nonzero=checks.flag("nonzero", nonzero), channel_wise=True)
     return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
+
+
+def class_transforms(*, mean: float | None = None, std: float | None = None) -> Chain:
+    """Load the image of a classification (see `class_items`) as (1, *S), or (C, *S) from a file, and normalise it.
+
+    Args:
+        mean: intensity that becomes 0, that of the training set; None normalises each image by its own.
+        std: intensities that become 1, of the training set too; None as above.
+
+    Raises:
+        ValueError: one of the two alone.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean, std: expected both or none, got {mean!r} and {std!r}.")
+    return [
+        Lambdad("image", _class_image),
+        NormalizeIntensityd("image", subtrahend=mean, divisor=std, channel_wise=mean is None),
+        EnsureTyped("image", dtype=np.float32),
+    ]
+
+
+def _class_image(image: Any) -> Any:
+    """A file by MONAI's readers, channels first; an array (*S) as it is, with one channel."""
+    if isinstance(image, str | Path):
+        return LoadImage(image_only=True, ensure_channel_first=True)(image)
+    return np.asarray(image, dtype=np.float32)[None]
 
 
 def box_transforms(
