@@ -1,5 +1,6 @@
 """Transforms: from labels or box files to the targets of the losses; imported as `medconstraints.transforms`."""
 
+from medconstraints.transforms.augmentations import affine_transforms, nnunet_transforms
 from medconstraints.transforms.bounds import LabelToBoundsd, label_to_bounds, presence_bounds
 from medconstraints.transforms.boxes import BoxesToGridd, LabelToBoxesd
 from medconstraints.transforms.chains import (
@@ -41,6 +42,7 @@ __all__ = [
     "SignedDistanceMapd",
     "VolumeError",
     "WeakLabeld",
+    "affine_transforms",
     "bounds_transforms",
     "box_transforms",
     "class_transforms",
@@ -49,6 +51,7 @@ __all__ = [
     "label_to_bounds",
     "load_common_bounds",
     "mask_transforms",
+    "nnunet_transforms",
     "pad_boxes_collate",
     "patch_transforms",
     "presence_bounds",

@@ -1,0 +1,51 @@
+"""Fixed augmentations: images and labels move together, within the ranges."""
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose
+
+from medconstraints.transforms import affine_transforms, nnunet_transforms
+
+
+def item(dims):
+    volume = torch.zeros(1, *[24] * dims)
+    volume[(0, *[slice(6, 15)] * dims)] = 1.0
+    return {"image": volume + 0.01 * torch.randn(volume.shape), "label": volume.clone()}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("make", [affine_transforms, nnunet_transforms])
+def test_labels_keep_their_classes_and_move_with_the_image(make, dims):
+    transform = Compose(make(dims)).set_random_state(seed=1)
+    changed = 0
+    for _ in range(20):
+        given = item(dims)
+        found = transform(given)
+        label = found["label"].as_tensor()
+        assert set(label.unique().tolist()) <= {0.0, 1.0} and label.shape == given["label"].shape
+        assert found["image"][label > 0].mean() > found["image"][label == 0].mean()
+        changed += int((label != given["label"]).any())
+    assert changed >= (15 if make is affine_transforms else 3)
+
+
+def test_translation_stays_in_its_range_and_an_axis_is_mirrored_on_demand():
+    transform = Compose(affine_transforms(2, keys=["label"], translation_voxels=3.0)).set_random_state(seed=0)
+    centres = []
+    for _ in range(60):
+        label = transform({"label": item(2)["label"]})["label"].as_tensor()[0]
+        centres.append(label.nonzero().float().mean(0) - 10)
+    shifts = torch.stack(centres)
+    assert 2.0 < shifts.abs().max() <= 3.5 and shifts.min() < -1 < 1 < shifts.max()
+    mirrored = Compose(affine_transforms(2, keys=["label"], translation_voxels=0.0, flip_axis=0)).set_random_state(1)
+    centres = [
+        mirrored({"label": item(2)["label"]})["label"].as_tensor()[0].nonzero().float().mean(0) for _ in range(20)
+    ]
+    assert {round(float(centre[0])) for centre in centres} == {10, 13}
+    assert {round(float(centre[1])) for centre in centres} == {10}
+
+
+def test_classes_have_no_label_map():
+    transform = Compose(nnunet_transforms(2, keys=["image"], mirror_axes=[1])).set_random_state(seed=1)
+    images = [np.asarray(transform({"image": item(2)["image"], "label": 1})["image"]) for _ in range(5)]
+    assert all(np.isfinite(image).all() for image in images)
