@@ -22,6 +22,9 @@ class SpatialTransformer(nn.Module):
         in_channels: of the image.
         channels: of the looking network's three layers.
 
+    Raises:
+        ValueError: at the call, when the network gives a map.
+
     Example:
         >>> network = SpatialTransformer(nn.Flatten(), 2, 1)
         >>> image = torch.randn(2, 1, 8, 8)
@@ -55,4 +58,9 @@ class SpatialTransformer(nn.Module):
             translation_mm=shift * half,
         )
         output: Tensor = self.network(warp(image, grid))
+        if output.dim() > 2:
+            raise ValueError(
+                f"network: expected one for classification, got an output of shape {tuple(output.shape)}, a map of the "
+                "warped image; take the network alone."
+            )
         return output

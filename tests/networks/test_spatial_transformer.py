@@ -25,13 +25,18 @@ def test_learns_to_move_an_object_to_the_centre():
     image = nn.functional.avg_pool2d(image, 5, 1, 2)
     target = torch.zeros(16, 16)
     target[5:11, 5:11] = 1.0
-    network = SpatialTransformer(nn.Identity(), 2, 1)
+    network = SpatialTransformer(nn.Flatten(), 2, 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = (network(image)[:, 0] - target).square().mean()
+        loss = (network(image) - target.flatten()).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_maps_are_refused():
+    with pytest.raises(ValueError, match="network: expected one for classification"):
+        SpatialTransformer(nn.Identity(), 2, 1)(torch.zeros(1, 1, 8, 8))
