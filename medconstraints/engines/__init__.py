@@ -5,6 +5,7 @@ from medconstraints.engines.classification import ClassificationEvaluator
 from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
+from medconstraints.engines.saflex import SaflexTrainer
 from medconstraints.engines.training import TargetTrainer
 from medconstraints.engines.validation import ValidationEvaluator
 
@@ -13,6 +14,7 @@ __all__ = [
     "ClassificationEvaluator",
     "GuidedTrainer",
     "PrepareBatchTargets",
+    "SaflexTrainer",
     "TargetTrainer",
     "TolerantDataset",
     "TolerantEvaluator",

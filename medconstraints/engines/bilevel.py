@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from medconstraints import checks
-from medconstraints.engines.guided import GuidedTrainer, averaged
+from medconstraints.engines.guided import GuidedTrainer, averaged, one_hot
 from medconstraints.hypergradients import (
     frozen_statistics,
     guide_gradient,
@@ -199,8 +198,7 @@ class BilevelTrainer(GuidedTrainer):
         """Class numbers as they are, label maps (B, 1, *S) as one-hot channels."""
         if self.num_classes is None:
             return label
-        one_hot = F.one_hot(label[:, 0].long(), self.num_classes)
-        return one_hot.movedim(-1, 1).to(torch.get_default_dtype())
+        return one_hot(label, self.num_classes)
 
 
 def _spacing_mm(image: Tensor) -> Tensor | None:

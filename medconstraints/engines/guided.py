@@ -13,6 +13,7 @@ from monai.engines import IterationEvents
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from medconstraints.data.missing import MissingData
 from medconstraints.engines.training import TargetTrainer
 from medconstraints.hypergradients import inner_state
 
-__all__ = ["GuidedTrainer"]
+__all__ = ["GuidedTrainer", "averaged", "one_hot"]
 
 
 class GuidedTrainer(TargetTrainer):
@@ -200,6 +201,21 @@ def averaged(tensors: Sequence[Tensor]) -> None:
     if idist.get_world_size() > 1:
         for tensor in tensors:
             tensor.copy_(idist.all_reduce(tensor, op="SUM") / idist.get_world_size())
+
+
+def one_hot(label: Tensor, num_classes: int) -> Tensor:
+    """Class numbers (B,) or label maps (B, 1, *S) as (B, K) or (B, K, *S).
+
+    Raises:
+        ValueError: a value outside 0..num_classes - 1, looked at on the CPU.
+    """
+    numbers = (label if label.dim() == 1 else label[:, 0]).long()
+    if checks.readable(label) and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_classes:
+        raise ValueError(
+            f"label: expected class numbers 0..{num_classes - 1}, got {int(numbers.min())}..{int(numbers.max())}; "
+            "correct num_classes, or map the labels."
+        )
+    return F.one_hot(numbers, num_classes).movedim(-1, 1).to(torch.get_default_dtype())
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,228 @@
+"""SAFLEX: a trainer that weighs and relabels augmented samples by what they do for guide images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from medconstraints import checks
+from medconstraints.engines.guided import GuidedTrainer, averaged, one_hot
+from medconstraints.hypergradients import frozen_statistics, guide_gradient
+from medconstraints.saflex import Refined, Rules, guide_step, label_gains, refine, region_gains
+
+__all__ = ["RefinedBatch", "SaflexTrainer"]
+
+
+class RefinedBatch(NamedTuple):
+    """What became of the augmented samples of a batch.
+
+    Attributes:
+        cases: name of each sample, or its place in the batch.
+        image: the augmented images, (B, C, *S).
+        given: label that the augmentation gave, (B, K); of a label map the shares of its classes.
+        refined: see `medconstraints.saflex.Refined`.
+    """
+
+    cases: list[str]
+    image: Tensor
+    given: Tensor
+    refined: Refined
+
+
+class SaflexTrainer(GuidedTrainer):
+    """Trains on each batch twice: as it is, and augmented with weights and soft labels from SAFLEX (algorithm 1).
+
+    The augmentation is any: the items carry its result under `augmented_key`, beside the plain image, or `mixing` makes
+    it of the batch. For classes each sample gets a soft label and a weight; for label maps a weight, and a soft label
+    for the region of each class. A part of the training set guides, see `GuidedTrainer`.
+
+    A baseline that is to be compared gets the same images: twice the batch, and the guide images as training data too.
+
+    Args:
+        device: see `GuidedTrainer`.
+        max_epochs: see there.
+        dataset: see there.
+        network: see there.
+        optimizer: see there.
+        loss_function: `(output, label) -> scalar` of plain and guide images; for classes `CrossEntropyLoss`. With
+            label maps it gets one-hot channels that may be soft, such as MONAI's `DiceCELoss(softmax=True)`, and the
+            augmented samples one by one; for classes these have the cross-entropy.
+        num_classes: K.
+        rules: how labels and weights are made: "centred" or "paper", or values of `Rules`.
+        mixing: `(image, label) -> (image, label)` of a batch and its one-hot labels, such as MONAI's `MixUp` or
+            `CutMix`; None takes `augmented_key`.
+        augmented_key: key of the augmented image of an item; its label map has this key with "_label" behind.
+        guide_interval: iterations for which a guide gradient is used.
+        batch_size: see `GuidedTrainer`, as for the rest.
+        guide_batch_size: None takes a quarter of `batch_size`: that is enough, and costs less.
+        guide_fraction: see there.
+        redraw: see there.
+        guide_dataset: see there.
+        seed: see there.
+        num_workers: see there.
+        max_norm: see there.
+        train_handlers: see there.
+        decollate: see there.
+
+    Raises:
+        TypeError: see `GuidedTrainer`.
+        ValueError: see `GuidedTrainer`, or an unknown rule.
+
+    Attributes:
+        last_refined: the `RefinedBatch` of the last iteration.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str | torch.device,
+        max_epochs: int,
+        dataset: Any,
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss_function: Callable[..., Any],
+        num_classes: int,
+        rules: Rules | Mapping[str, Any] | str = "centred",
+        mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        augmented_key: str = "augmented",
+        guide_interval: int = 1,
+        batch_size: int = 16,
+        guide_batch_size: int | None = None,
+        guide_fraction: float = 0.2,
+        redraw: bool = True,
+        guide_dataset: Any = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_norm: float | None = None,
+        train_handlers: Sequence[Any] | None = None,
+        decollate: bool = True,
+    ) -> None:
+        self.num_classes = checks.whole_number("num_classes", num_classes, 2)
+        self.rules = Rules.named(rules)
+        self.mixing = mixing
+        self.augmented_key = augmented_key
+        self.guide_interval = checks.whole_number("guide_interval", guide_interval, 1)
+        self.last_refined: RefinedBatch | None = None
+        self._direction: dict[str, Tensor] | None = None
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            dataset=dataset,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            batch_size=batch_size,
+            guide_batch_size=guide_batch_size or max(2, int(batch_size) // 4),
+            guide_fraction=guide_fraction,
+            redraw=redraw,
+            guide_dataset=guide_dataset,
+            seed=seed,
+            num_workers=num_workers,
+            max_norm=max_norm,
+            train_handlers=train_handlers,
+            decollate=decollate,
+        )
+
+    def guided_step(self, image: Tensor, label: Any) -> tuple[Tensor, Tensor, Any]:
+        """See `GuidedTrainer`."""
+        parameters = self.parameters()
+        augmented, given = self._augmented(image, label)
+        with frozen_statistics(self.plain_network):
+            moved, eps = guide_step(parameters, self._guide_direction(parameters))
+            # The pass that is trained on drops the same units out as this one.
+            with torch.no_grad(), torch.random.fork_rng():
+                after = self.forward(moved, augmented)
+        logits = self.forward(parameters, augmented)
+        soft, weight = self._refined(augmented, given, label_gains(logits, after, eps, centred=self.rules.centred))
+        output = self.forward(parameters, image)
+        target = self._target(label)
+        loss = (self.loss_function(output, target) + self._weighted(logits, soft, weight)) / 2
+        loss.backward()
+        averaged([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
+        return loss, output, target
+
+    def _augmented(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Augmented images and their labels, one-hot or mixed, (B, K) or (B, K, *S)."""
+        given = one_hot(label, self.num_classes)
+        if self.mixing is not None:
+            # As a map over the image a class is mixed as its image is: also by the part of a patch that is inside.
+            axes = [1] * (image.dim() - given.dim())
+            maps = given.view(*given.shape, *axes).expand(*given.shape[:2], *image.shape[2:])
+            mixed, maps = (_plain(value) for value in self.mixing(image, maps))
+            return mixed, maps.flatten(2).mean(-1) if axes else maps
+        batch: Any = self.state.batch
+        if self.augmented_key not in batch:
+            raise KeyError(
+                f"{self.augmented_key}: expected the augmented image under this key in each item, got "
+                f"{sorted(map(str, batch))}; copy the image before the augmentation (CopyItemsd), or give mixing."
+            )
+        augmented = _plain(batch[self.augmented_key]).to(image.device, non_blocking=True)
+        if given.dim() > 2:
+            warped = _plain(batch[f"{self.augmented_key}_label"]).to(image.device, non_blocking=True)
+            given = one_hot(warped, self.num_classes)
+        return augmented, given
+
+    def _guide_direction(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Guide gradient v, by name; it is kept for `guide_interval` iterations, not over the end of an epoch."""
+        first = (self.state.iteration - 1) % self._epoch_length()
+        if self._direction is None or first % self.guide_interval == 0:
+            image, label = self.guide_batch()
+            target = self._target(label)
+            _, v = guide_gradient(lambda p: self.loss_function(self.forward(p, image), target), parameters)
+            averaged([*v.values()])
+            self._direction = v
+        return self._direction
+
+    def _epoch_length(self) -> int:
+        return self.state.epoch_length or 1
+
+    def _refined(self, image: Tensor, given: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft labels like the given ones, and weights (B,); as given where the gains are not finite."""
+        share = None
+        if given.dim() > 2:
+            gains, share = region_gains(gains, given)
+            labels = torch.eye(self.num_classes, device=gains.device).expand_as(gains)
+        else:
+            labels = given
+        if not bool(gains.isfinite().all()):
+            self.skipped_steps += 1
+            return given, torch.ones(len(given), device=given.device)
+        found = refine(gains, labels, self.rules, share=share)
+        if share is None:
+            soft = found.label
+        else:
+            soft = torch.einsum("br...,brk->bk...", given, found.label)
+        shares = given if share is None else share
+        self.last_refined = RefinedBatch(_names(self.state.batch, len(image)), image, shares, found)
+        return soft, found.weight
+
+    def _weighted(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        if logits.dim() == 2:
+            return (F.cross_entropy(logits, label, reduction="none") * weight).mean()
+        losses = [self.loss_function(one[None], own[None]) for one, own in zip(logits, label, strict=True)]
+        return (torch.stack(losses) * weight).mean()
+
+    def _target(self, label: Tensor) -> Tensor:
+        """Class numbers as they are, label maps as one-hot channels."""
+        return label if label.dim() == 1 else one_hot(label, self.num_classes)
+
+
+def _names(batch: Mapping[str, Any], count: int) -> list[str]:
+    """Name of each sample: its entry "case", else the file of its image, else its place."""
+    image = batch.get("image")
+    files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+    names = batch.get("case") or files
+    if not isinstance(names, list | tuple) or len(names) != count:
+        names = range(count)
+    return [Path(str(name)).name for name in names]
+
+
+def _plain(value: Any) -> Tensor:
+    return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)
