@@ -101,7 +101,7 @@ class Rules(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """Of each sample its soft label (B, K), its weight (B,), with mean 1 unless all are 0, and its gain <y, Pi> (B,)."""
+    """Of each sample its soft label (B, K), its weight (B,), of mean 1 unless all are 0, and its gain <y, Pi> (B,)."""
 
     label: Tensor
     weight: Tensor

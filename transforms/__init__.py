@@ -20,6 +20,7 @@ from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
+from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
@@ -36,10 +37,12 @@ __all__ = [
     "LoadBoxesd",
     "LoadVolumed",
     "Points",
+    "RandAugmentd",
     "RandCropToBoxd",
     "SaveMaskd",
     "Scribble",
     "SignedDistanceMapd",
+    "TrivialAugmentd",
     "VolumeError",
     "WeakLabeld",
     "affine_transforms",

@@ -195,10 +195,7 @@ class SaflexTrainer(GuidedTrainer):
             self.skipped_steps += 1
             return given, torch.ones(len(given), device=given.device)
         found = refine(gains, labels, self.rules, share=share)
-        if share is None:
-            soft = found.label
-        else:
-            soft = torch.einsum("br...,brk->bk...", given, found.label)
+        soft = found.label if share is None else torch.einsum("br...,brk->bk...", given, found.label)
         shares = given if share is None else share
         self.last_refined = RefinedBatch(_names(self.state.batch, len(image)), image, shares, found)
         return soft, found.weight
