@@ -20,7 +20,6 @@ from monai.transforms import (
 __all__ = ["affine_transforms", "nnunet_transforms"]
 
 Chain = list[Callable[..., Any]]
-_NEAREST = {"label"}
 
 
 def affine_transforms(
@@ -39,7 +38,7 @@ def affine_transforms(
 
     Args:
         spatial_dims: 2 or 3.
-        keys: images and label maps; "label" is read at the nearest voxel.
+        keys: images and label maps; a key that ends with "label" is read at the nearest voxel.
         translation_voxels: largest along each axis.
         rotation_deg: largest about each axis.
         log_scale: largest absolute logarithm of the scale along each axis, to first order.
@@ -71,11 +70,11 @@ def nnunet_transforms(
 
     Args:
         spatial_dims: 2 or 3.
-        keys: images and label maps; "label" is read at the nearest voxel.
+        keys: images and label maps; a key that ends with "label" is read at the nearest voxel.
         mirror_axes: spatial axes that are mirrored in half of the cases. nnU-Net mirrors all; with left and right
             labels that makes them wrong.
     """
-    images = [key for key in keys if key not in _NEAREST]
+    images = [key for key in keys if not _is_label(key)]
     angle, linear = (np.pi, "bilinear") if spatial_dims == 2 else (np.pi / 6, "trilinear")
     turned: dict[str, Any] = {"mode": _modes(keys), "padding_mode": "border"}
     return [
@@ -93,4 +92,8 @@ def nnunet_transforms(
 
 
 def _modes(keys: Sequence[str]) -> list[str]:
-    return ["nearest" if key in _NEAREST else "bilinear" for key in keys]
+    return ["nearest" if _is_label(key) else "bilinear" for key in keys]
+
+
+def _is_label(key: str) -> bool:
+    return key.endswith("label")

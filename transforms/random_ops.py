@@ -148,8 +148,8 @@ class RandAugmentd(_RandomOperationsd):
 
     Operations, at magnitude 10: rotation by 30 degrees about one axis; translation by 30 % of the image along one axis;
     scale by 1 -+ 0.3; shear by 0.3; contrast 1 -+ 0.9; brightness -+ 0.9 standard deviations; gamma exp(-+ 0.9); blur
-    of 1.5 voxels; sharpening by twice what a blur of 1 voxel takes away; noise of half a standard deviation; identity. No mirrors: with left and right labels they
-    would make them wrong.
+    of 1.5 voxels; sharpening by twice what a blur of 1 voxel takes away; noise of half a standard deviation; identity.
+    No mirrors: with left and right labels they would make them wrong.
 
     Args:
         keys: images and label maps (C, *S) on one grid.

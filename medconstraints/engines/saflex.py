@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.transforms import Randomizable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -129,6 +132,12 @@ class SaflexTrainer(GuidedTrainer):
             train_handlers=train_handlers,
             decollate=decollate,
         )
+        self.add_event_handler(Events.EPOCH_STARTED, self._seed_mixing, seed=seed)
+
+    def _seed_mixing(self, engine: Engine, seed: int) -> None:
+        """A resumed run mixes as the uninterrupted one."""
+        if isinstance(self.mixing, Randomizable):
+            self.mixing.set_random_state(seed=(seed + 1_000_003 * engine.state.epoch + idist.get_rank()) % 2**31)
 
     def guided_step(self, image: Tensor, label: Any) -> tuple[Tensor, Tensor, Any]:
         """See `GuidedTrainer`."""

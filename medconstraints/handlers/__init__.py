@@ -18,6 +18,7 @@ from medconstraints.handlers.resume import (
     SaveLatestHandler,
     Stateful,
 )
+from medconstraints.handlers.saflex_report import SaflexReportHandler
 
 __all__ = [
     "AugmenterReportHandler",
@@ -30,6 +31,7 @@ __all__ = [
     "RequireFiniteLossHandler",
     "RequireTargetsHandler",
     "ResumeHandler",
+    "SaflexReportHandler",
     "SaveBestHandler",
     "SaveLatestHandler",
     "Stateful",
