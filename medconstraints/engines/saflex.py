@@ -58,7 +58,8 @@ class SaflexTrainer(GuidedTrainer):
             label maps it gets one-hot channels that may be soft, such as MONAI's `DiceCELoss(softmax=True)`, and the
             augmented samples one by one; for classes these have the cross-entropy.
         num_classes: K.
-        rules: how labels and weights are made: "centred" or "paper", or values of `Rules`.
+        rules: how labels and weights are made: "centred" or "paper", or values of `Rules`. "none" trains on the same
+            batches with the labels of the augmentation: the control.
         mixing: `(image, label) -> (image, label)` of a batch and its one-hot labels, such as MONAI's `MixUp` or
             `CutMix`; None takes `augmented_key`.
         augmented_key: key of the augmented image of an item; its label map has this key with "_label" behind.
@@ -108,7 +109,7 @@ class SaflexTrainer(GuidedTrainer):
         decollate: bool = True,
     ) -> None:
         self.num_classes = checks.whole_number("num_classes", num_classes, 2)
-        self.rules = Rules.named(rules)
+        self.rules = None if rules == "none" else Rules.named(rules)
         self.mixing = mixing
         self.augmented_key = augmented_key
         self.guide_interval = checks.whole_number("guide_interval", guide_interval, 1)
@@ -143,18 +144,26 @@ class SaflexTrainer(GuidedTrainer):
         """See `GuidedTrainer`."""
         parameters = self.parameters()
         augmented, given = self._augmented(image, label)
+        if self.rules is None:
+            return self._trained(self.forward(parameters, augmented), given, None, image, label)
         with frozen_statistics(self.plain_network):
             moved, eps = guide_step(parameters, self._guide_direction(parameters))
             # The pass that is trained on drops the same units out as this one.
             with torch.no_grad(), torch.random.fork_rng():
                 after = self.forward(moved, augmented)
         logits = self.forward(parameters, augmented)
-        soft, weight = self._refined(augmented, given, label_gains(logits, after, eps, centred=self.rules.centred))
-        output = self.forward(parameters, image)
-        target = self._target(label)
+        gains = label_gains(logits, after, eps, centred=self.rules.centred)
+        soft, weight = self._refined(augmented, given, gains, self.rules)
+        return self._trained(logits, soft, weight, image, label)
+
+    def _trained(
+        self, logits: Tensor, soft: Tensor, weight: Tensor | None, image: Tensor, label: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Gradients of the plain and the augmented batch together."""
+        output, target = self.forward(self.parameters(), image), self._target(label)
         loss = (self.loss_function(output, target) + self._weighted(logits, soft, weight)) / 2
         loss.backward()
-        averaged([parameter.grad for parameter in parameters.values() if parameter.grad is not None])
+        averaged([parameter.grad for parameter in self.parameters().values() if parameter.grad is not None])
         return loss, output, target
 
     def _augmented(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +201,7 @@ class SaflexTrainer(GuidedTrainer):
     def _epoch_length(self) -> int:
         return self.state.epoch_length or 1
 
-    def _refined(self, image: Tensor, given: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    def _refined(self, image: Tensor, given: Tensor, gains: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
         """Soft labels like the given ones, and weights (B,); as given where the gains are not finite."""
         share = None
         if given.dim() > 2:
@@ -202,18 +211,20 @@ class SaflexTrainer(GuidedTrainer):
             labels = given
         if not bool(gains.isfinite().all()):
             self.skipped_steps += 1
-            return given, torch.ones(len(given), device=given.device)
-        found = refine(gains, labels, self.rules, share=share)
+            return given, None
+        found = refine(gains, labels, rules, share=share)
         soft = found.label if share is None else torch.einsum("br...,brk->bk...", given, found.label)
         shares = given if share is None else share
         self.last_refined = RefinedBatch(_names(self.state.batch, len(image)), image, shares, found)
         return soft, found.weight
 
-    def _weighted(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    def _weighted(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
         if logits.dim() == 2:
-            return (F.cross_entropy(logits, label, reduction="none") * weight).mean()
-        losses = [self.loss_function(one[None], own[None]) for one, own in zip(logits, label, strict=True)]
-        return (torch.stack(losses) * weight).mean()
+            losses = F.cross_entropy(logits, label, reduction="none")
+        else:
+            pairs = zip(logits, label, strict=True)
+            losses = torch.stack([self.loss_function(one[None], own[None]) for one, own in pairs])
+        return losses.mean() if weight is None else (losses * weight).mean()
 
     def _target(self, label: Tensor) -> Tensor:
         """Class numbers as they are, label maps as one-hot channels."""

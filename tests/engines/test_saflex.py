@@ -146,6 +146,17 @@ def test_dropout_is_the_same_in_both_passes(make_trainer):
     assert torch.stack(gains).abs().max() < 50
 
 
+def test_the_control_trains_on_the_same_batches_as_they_are(make_trainer):
+    seen = []
+    for rules in ("none", {"keep": 1e6, "weigh": "gain", "scaled": False}):
+        trainer, batches = make_trainer(rules=rules, max_epochs=1), []
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e, b=batches: b.append(e.state.output))
+        trainer.run()
+        seen.append([case["image"] for batch in batches for case in batch])
+        assert (trainer.last_refined is None) == (rules == "none")
+    assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
+
+
 def test_a_guide_gradient_serves_several_iterations(make_trainer):
     for interval, expected in ((1, 6), (2, 4)):  # three iterations in each of two epochs
         trainer, calls = make_trainer(guide_interval=interval), []
