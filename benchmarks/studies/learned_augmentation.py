@@ -43,7 +43,7 @@ ROWS: dict[str, dict[str, tuple[str, list[str], str]]] = {
         "RandAugment, SAFLEX as published": (SAFLEX, [], "--rules paper"),
         "mixup, control": (SAFLEX, [], "--rules none --upstream mixup"),
         "mixup, SAFLEX": (SAFLEX, [], "--upstream mixup"),
-        "bilevel, affine": (BILEVEL, [], '--augmenter_def#families "[\'affine\']"'),
+        "bilevel, affine": (BILEVEL, [], "--augmenter_def#families \"['affine']\""),
         "bilevel, affine and intensity": (BILEVEL, [], ""),
     },
     "noisy": {
@@ -57,7 +57,7 @@ ROWS: dict[str, dict[str, tuple[str, list[str], str]]] = {
         "none, without the guide images": (BILEVEL, ["baselines"], "--baseline none"),
         "predefined": (BILEVEL, ["baselines"], "--baseline predefined"),
         "TrivialAugment": (BILEVEL, ["baselines"], "--baseline trivial"),
-        "bilevel, intensity": (BILEVEL, ["guide"], '--augmenter_def#families "[\'intensity\']"'),
+        "bilevel, intensity": (BILEVEL, ["guide"], "--augmenter_def#families \"['intensity']\""),
     },
     "hippocampus_10": {
         "none": NONE,
@@ -74,7 +74,7 @@ GUIDED = "bilevel, intensity"
 
 
 def write_data(data: Path, folder: Path) -> None:
-    """Datalists, and for the X-rays their arrays: 400 images, a third of their labels turned, or shifted in contrast."""
+    """Datalists, and for the X-rays their arrays: 400 images, 30 % of their labels turned, or shifted in contrast."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads((data / "medmnist.json").read_text())
     with np.load(data / content["training"][0]["npz"]) as arrays:
@@ -129,7 +129,12 @@ def command(dataset: str, row: str, seed: int) -> list[str]:
     names = ",".join(f"'bundles/{bundle}/configs/{name}.json'" for name in files)
     run = ["python", "-m", "monai.bundle", "run", "--bundle_root", f"bundles/{bundle}", "--config_file", f"[{names}]"]
     epochs = SETS[dataset][0]
-    run += ["--datalist", f"lists/{dataset}{'_alone' if alone else ''}.json", "--output_dir", f"runs/{name_of(dataset, row, seed)}"]
+    run += [
+        "--datalist",
+        f"lists/{dataset}{'_alone' if alone else ''}.json",
+        "--output_dir",
+        f"runs/{name_of(dataset, row, seed)}",
+    ]
     return [*run, "--epochs", str(epochs), "--val_interval", str(epochs), "--seed", str(seed), *shlex.split(options)]
 
 
@@ -152,7 +157,9 @@ def run_one(dataset: str, row: str, seed: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *line[1:]], check=True, stdout=log, stderr=log, env=environment)
     seconds = time.perf_counter() - start
-    found = score_classes(dataset, row, name) if dataset in ("few", "noisy", "shifted") else score_masks(dataset, row, name)
+    found = (
+        score_classes(dataset, row, name) if dataset in ("few", "noisy", "shifted") else score_masks(dataset, row, name)
+    )
     augmenter = Path(f"runs/{name}/augmenter.json")
     if augmenter.exists():
         found["augmenter"] = {key: value for key, value in json.loads(augmenter.read_text()).items() if key != "draws"}
@@ -224,10 +231,17 @@ def collect() -> dict[str, Any]:
             if not found:
                 continue
             keys = ("auc", "accuracy", "cross_entropy") if "auc" in found[min(found)] else ("dice",)
-            entry: dict[str, Any] = {"seeds": sorted(found), "seconds": np.mean([one["seconds"] for one in found.values()])}
+            entry: dict[str, Any] = {
+                "seeds": sorted(found),
+                "seconds": np.mean([one["seconds"] for one in found.values()]),
+            }
             for key in keys:
                 values = [one[key] for one in found.values()]
-                entry[key] = {"mean": np.mean(values), "sd": np.std(values, ddof=1) if len(values) > 1 else None, "of_seeds": values}
+                entry[key] = {
+                    "mean": np.mean(values),
+                    "sd": np.std(values, ddof=1) if len(values) > 1 else None,
+                    "of_seeds": values,
+                }
             entry["augmenter"] = [one["augmenter"] for one in found.values() if "augmenter" in one] or None
             entry["command"] = found[min(found)]["command"]
             results.setdefault(dataset, {})[row] = entry

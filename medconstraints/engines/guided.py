@@ -54,7 +54,8 @@ class GuidedTrainer(TargetTrainer):
 
     Raises:
         TypeError: the optimizer's step is not known, see `inner_state`.
-        ValueError: see `GuideSplit`; a guide data set is empty or has images of the training set; a batch of one.
+        ValueError: see `GuideSplit`; a guide data set is empty or has images of the training set; a batch of one, also
+            because a part has no second image in a process.
 
     Attributes:
         skipped_steps: steps of what learns beside the network that were left out, because its gradient was not finite.
@@ -228,6 +229,11 @@ def _items(dataset: Any) -> Any:
 
 def _loader(dataset: Any, sampler: EpochSampler, batch_size: int, num_workers: int) -> DataLoader:
     size = min(batch_size, len(sampler))
+    if size < 2:
+        raise ValueError(
+            f"dataset: expected at least two images of each part in each process, got {len(sampler)}; give more, take "
+            "fewer processes, or change guide_fraction."
+        )
     return DataLoader(dataset, batch_size=size, sampler=sampler, drop_last=True, num_workers=num_workers)
 
 
