@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from medconstraints import checks
 
-__all__ = ["Refined", "Rules", "guide_step", "label_gains", "proxy_logits", "refine", "region_gains"]
+__all__ = ["Refined", "RefinedBatch", "Rules", "guide_step", "label_gains", "proxy_logits", "refine", "region_gains"]
 
 _TINY = 1e-30
 
@@ -106,6 +106,22 @@ class Refined(NamedTuple):
     label: Tensor
     weight: Tensor
     gain: Tensor
+
+
+class RefinedBatch(NamedTuple):
+    """What became of the augmented samples of a batch.
+
+    Attributes:
+        cases: name of each sample, or its place in the batch.
+        image: the augmented images, (B, C, *S).
+        given: label that the augmentation gave, (B, K); of a label map the shares of its classes.
+        refined: see `Refined`.
+    """
+
+    cases: list[str]
+    image: Tensor
+    given: Tensor
+    refined: Refined
 
 
 def refine(gains: Tensor, label: Tensor, rules: Rules | str = "centred", *, share: Tensor | None = None) -> Refined:

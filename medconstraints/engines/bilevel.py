@@ -152,7 +152,7 @@ class BilevelTrainer(GuidedTrainer):
                 self.guide_loss, v = guide_gradient(self._guide(), after)
                 averaged([*v.values()])
                 u = pulled_back(v)
-                options = {"gradients": graph} if twice else {}
+                options: dict[str, Any] = {"gradients": graph} if twice else {}
                 products = mixed_product(loss, parameters, inputs, u, method=self.method, **options)
             self._learn(made, products[: len(made)])
         for name, parameter in parameters.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -18,25 +18,9 @@ from torch.optim import Optimizer
 from medconstraints import checks
 from medconstraints.engines.guided import GuidedTrainer, averaged, one_hot
 from medconstraints.hypergradients import frozen_statistics, guide_gradient
-from medconstraints.saflex import Refined, Rules, guide_step, label_gains, refine, region_gains
+from medconstraints.saflex import RefinedBatch, Rules, guide_step, label_gains, refine, region_gains
 
-__all__ = ["RefinedBatch", "SaflexTrainer"]
-
-
-class RefinedBatch(NamedTuple):
-    """What became of the augmented samples of a batch.
-
-    Attributes:
-        cases: name of each sample, or its place in the batch.
-        image: the augmented images, (B, C, *S).
-        given: label that the augmentation gave, (B, K); of a label map the shares of its classes.
-        refined: see `medconstraints.saflex.Refined`.
-    """
-
-    cases: list[str]
-    image: Tensor
-    given: Tensor
-    refined: Refined
+__all__ = ["SaflexTrainer"]
 
 
 class SaflexTrainer(GuidedTrainer):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from medconstraints import checks
-from medconstraints.engines.saflex import RefinedBatch
+from medconstraints.saflex import RefinedBatch
 
 __all__ = ["SaflexReportHandler"]
 

@@ -411,8 +411,16 @@ def write_volumes(folder, num_classes, *, channels=1, spacing=(1.0, 1.0, 2.0), w
             entry["boxes"] = f"{folder.name}/{index}.json"
             entry["scribble"] = save(f"{index}_scribble.nii.gz", np.where(rng.random(shape) < 0.1, label, 4))
         entries.append(entry | {"patient": f"patient{index // 2 + 1:03d}"})
-    datalist = {"training": entries[:4], "validation": entries[4:6], "test": entries[6:]}
+    datalist = {"training": entries[:4], "validation": entries[4:6], "test": entries[6:], "guide": entries[4:6]}
     folder.with_suffix(".json").write_text(json.dumps(datalist))
+
+
+def write_classes(folder):
+    """Twelve images of two classes in an npz file, and `classes.json`."""
+    rng = np.random.default_rng(0)
+    np.savez(folder / "classes.npz", images=rng.random((12, 28, 28)) * 255, labels=np.arange(12) % 2)
+    entry = {"npz": "classes.npz", "images": "images", "labels": "labels"}
+    (folder / "classes.json").write_text(json.dumps({name: [entry] for name in ("training", "validation", "test")}))
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +431,7 @@ def reader(tmp_path_factory):
         copied = place / "bundles" / bundle.name
         shutil.copytree(bundle, copied, ignore=shutil.ignore_patterns("output", "__pycache__"))
         write_volumes(copied / "data" / "datalist", 3)
+        write_classes(copied / "data")
     write_volumes(place / "data" / "hippocampus", 3)
     write_volumes(place / "data" / "acdc", 4, spacing=(2.0, 2.0, 8.0))
     write_volumes(place / "my" / "datalist", 2, weak=True)
@@ -449,6 +458,7 @@ def small(configs, options, folder):
     parser = merge([folder / file for file in configs])
     patch = [32, 32] if len(options.get("patch_size", parser["patch_size"])) == 2 else [16, 16, 16]
     wanted = {"epochs": 1, "val_interval": 1, "cache_rate": 0.0, "patch_size": patch, "batch_size": 2, "num_workers": 0}
+    wanted["guide_fraction"] = 0.5
     read = {name for name in wanted if f"@{name}" in json.dumps(parser.get())}
     return {name: value for name, value in wanted.items() if name in read} | {"device": "$torch.device('cpu')"}
 
