@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
@@ -364,6 +365,88 @@ def heart() -> str:
     return paragraphs(markdown_table(header, rows), conditions(content))
 
 
+# Augmentation that learns
+
+LEARNED = {
+    "few": "X-rays, 400 images",
+    "noisy": "X-rays, 400 images, 30 % of their labels wrong",
+    "shifted": "X-rays, test images of contrast x 0.4 + 1.0",
+    "hippocampus_10": "Hippocampus, ten volumes",
+}
+SCORES = {"auc": "AUC", "accuracy": "Accuracy", "cross_entropy": "Cross-entropy", "dice": "Dice"}
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return f"{value:+.3f}"
+
+
+def learned_rows(results: Mapping[str, Any], *, told: bool) -> list[list[str]]:
+    """Rows of one data set: scores over the seeds, and with `told` the difference from the row's reference."""
+    keys = [key for key in SCORES if key in next(iter(results.values()))]
+    rows = []
+    for label, row in results.items():
+        cells = []
+        for key in keys:
+            deviation = row[key]["sd"]
+            cells.append(f"{row[key]['mean']:.3f}" + ("" if deviation is None else f" ({deviation:.3f})"))
+        if told:
+            against = row.get("against", {})
+            cells.append(against.get("row", "-"))
+            for key in keys:
+                found = against.get(key)
+                interval = "" if found is None else ", ".join(map(signed, found["interval"]))
+                cells.append("-" if found is None else f"{signed(found['mean'])} [{interval}]")
+        rows.append([label, str(len(row["seeds"])), *cells])
+    return rows
+
+
+def learned(*, told: bool) -> str:
+    """All rows of the study of augmentation that learns."""
+    content, parts = load("learned_augmentation.json"), []
+    for name, title in LEARNED.items():
+        results = content["results"].get(name)
+        if results is None:
+            continue
+        keys = [SCORES[key] for key in SCORES if key in next(iter(results.values()))]
+        header = [title, "Seeds", *keys, *(["Against", *(f"{key}: difference" for key in keys)] if told else [])]
+        parts.append(markdown_table(header, learned_rows(results, told=told)))
+    epochs = ", ".join(f"{name} {count}" for name, count in content["epochs"].items())
+    text = (
+        f"`{content['command']}`, {content['date']}; epochs: {epochs}. Mean and standard deviation over the seeds; in "
+        "brackets 95 % intervals of a paired bootstrap over the test cases."
+    )
+    return paragraphs(*parts, text if told else text.split("; in brackets")[0] + ".")
+
+
+def learned_more() -> str:
+    """What the augmenter found for the shifted images, and whether SAFLEX's weights are worth more than chance."""
+    shifted = load("learned_augmentation.json")["results"].get("shifted", {})
+    parts = []
+    for label, row in shifted.items():
+        for seed, found in zip(row["seeds"], row.get("augmenter") or (), strict=False):
+            quantity = {one["name"]: one for one in found["quantities"]}
+            factor, shift = math.exp(quantity["contrast"]["mean"]), quantity["brightness"]["mean"]
+            parts.append(f"{label}, seed {seed}: contrast x {factor:.2f}, brightness {shift:+.2f}")
+    weights = load("saflex_weights.json")
+    rows = [
+        [
+            row["norm"],
+            "centred" if row["centred"] else "not centred",
+            f"{row['mean']:+.4f} ({row['standard_error']:.4f})",
+            f"{row['in_standard_errors']:.1f}",
+            f"{row['auc_of_wrong_labels']:.2f}",
+        ]
+        for row in weights["rows"]
+    ]
+    header = ["Network", "Gains", "Loss saved", "In standard errors", "AUC of wrong labels"]
+    return paragraphs(
+        f"The shift to be found is x 0.4 + 1.0. {'; '.join(parts)}." if parts else "",
+        markdown_table(header, rows),
+        f"`{weights['command']}`, {weights['date']}, {weights['batches']} batches.",
+    )
+
+
 # Benchmarks
 
 
@@ -458,6 +541,22 @@ def constraint_benchmarks() -> str:
     )
 
 
+def learned_benchmarks() -> str:
+    """Steps of augmentation that learns, against plain ones."""
+    steps, saflex = load("benchmark_hypergradient_step.json"), load("benchmark_saflex_step.json")
+    rows = [[row["case"], times(row["ratio"]), times(row["memory_ratio"])] for row in steps["rows"]]
+    return paragraphs(
+        markdown_table(["A step with a hypergradient, against a plain one", "Time", "Memory"], rows),
+        "Goals: exact at most 4.5x and 2.2x, differences at most 3.3x and 1.4x.",
+        markdown_table(
+            ["A step of SAFLEX, against the same batches as they are", "Time"],
+            [[row["case"], times(row["ratio"])] for row in saflex["rows"]],
+        ),
+        "Goal: an epoch, loading and augmenting included, at most 1.4x.",
+        measured_by(steps, saflex),
+    )
+
+
 def box_benchmarks() -> str:
     """Time and memory of the losses and of an epoch."""
     loss, epoch = load("benchmark_box_prior_loss.json"), load("benchmark_box_prior_epoch.json")
@@ -505,8 +604,12 @@ def all_tables() -> dict[str, dict[str, str]]:
         "boundary_loss": {"results": scores(BOUNDARY), "lesions": lesions(), "alpha": alphas(), "acdc": heart()},
     }
     tables = {f"bundles/{name}/docs/README.md": page | {"training": training(name)} for name, page in pages.items()}
+    for name in ("bilevel_augmentation", "saflex"):
+        tables[f"bundles/{name}/docs/README.md"] = {"learned": learned(told=False)}
+    tables["docs/augmentation.md"] = {"study": learned(told=True), "more": learned_more()}
     benchmarks = {"boundary": boundary_benchmarks(), "box_prior": box_benchmarks()}
-    return tables | {"docs/benchmarks.md": benchmarks | {"constraints": constraint_benchmarks()}}
+    benchmarks |= {"constraints": constraint_benchmarks(), "learned": learned_benchmarks()}
+    return tables | {"docs/benchmarks.md": benchmarks}
 
 
 def main() -> int:
