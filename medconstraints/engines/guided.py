@@ -240,6 +240,9 @@ def _loader(dataset: Any, sampler: EpochSampler, batch_size: int, num_workers: i
 def _check_disjoint(training: Any, guide: Any) -> None:
     if not len(guide):
         raise ValueError("guide_dataset: expected images, got none; give some, or guide_fraction in its place.")
+    classes = {item.get("label") for item in guide if isinstance(item.get("label"), int)}
+    if len(classes) == 1:
+        raise ValueError(f"guide_dataset: expected several classes, got class {classes.pop()} alone; add the others.")
     names = [{str(item.get("case", item["image"])) for item in items if _is_named(item)} for items in (training, guide)]
     if shared := names[0] & names[1]:
         raise ValueError(

@@ -27,8 +27,9 @@ class SaflexTrainer(GuidedTrainer):
     """Trains on each batch twice: as it is, and augmented with weights and soft labels from SAFLEX (algorithm 1).
 
     The augmentation is any: the items carry its result under `augmented_key`, beside the plain image, or `mixing` makes
-    it of the batch. For classes each sample gets a soft label and a weight; for label maps a weight, and a soft label
-    for the region of each class. A part of the training set guides, see `GuidedTrainer`.
+    it of the batch. For classes each sample gets a soft label and a weight; for label maps a soft label for the region
+    of each class, and a weight by whether a step down the guide gradient lowers its own loss, also one that is no
+    cross-entropy. A part of the training set guides, see `GuidedTrainer`.
 
     A baseline that is to be compared gets the same images: twice the batch, and the guide images as training data too.
 
@@ -138,6 +139,12 @@ class SaflexTrainer(GuidedTrainer):
         logits = self.forward(parameters, augmented)
         gains = label_gains(logits, after, eps, centred=self.rules.centred)
         soft, weight = self._refined(augmented, given, gains, self.rules)
+        if weight is not None and logits.dim() > 2 and self.rules.weigh == "gain":
+            # A step on a sample with this loss, which need not be a cross-entropy, helps where the guide's lowers it.
+            with torch.no_grad():
+                lowered = self._losses(logits, soft) - self._losses(after, soft) >= 0
+            weight = lowered.to(weight) * len(weight) / lowered.sum().clamp(min=1)
+            self.last_refined = self._with_weight(weight)
         return self._trained(logits, soft, weight, image, label)
 
     def _trained(
@@ -202,12 +209,18 @@ class SaflexTrainer(GuidedTrainer):
         self.last_refined = RefinedBatch(_names(self.state.batch, len(image)), image, shares, found)
         return soft, found.weight
 
-    def _weighted(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+    def _with_weight(self, weight: Tensor) -> RefinedBatch | None:
+        batch = self.last_refined
+        return None if batch is None else batch._replace(refined=batch.refined._replace(weight=weight))
+
+    def _losses(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Of each augmented sample, (B,)."""
         if logits.dim() == 2:
-            losses = F.cross_entropy(logits, label, reduction="none")
-        else:
-            pairs = zip(logits, label, strict=True)
-            losses = torch.stack([self.loss_function(one[None], own[None]) for one, own in pairs])
+            return F.cross_entropy(logits, label, reduction="none")
+        return torch.stack([self.loss_function(one[None], own[None]) for one, own in zip(logits, label, strict=True)])
+
+    def _weighted(self, logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
+        losses = self._losses(logits, label)
         return losses.mean() if weight is None else (losses * weight).mean()
 
     def _target(self, label: Tensor) -> Tensor:

@@ -133,7 +133,42 @@ def test_label_maps_have_a_label_for_each_region(make_trainer):
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.last_refined))
     trainer.run()
     assert losses[0].refined.label.shape == (6, 2, 2) and losses[0].refined.weight.shape == (6,)
+    weights = torch.stack([batch.refined.weight for batch in losses])
+    assert (weights == 0).any() and torch.allclose(weights.mean(1)[weights.any(1)], torch.ones(()))
     torch.testing.assert_close(losses[0].given.sum(1), torch.ones(6))
+
+
+def test_a_label_map_is_kept_if_a_step_lowers_its_own_loss(make_trainer):
+    """The loss that is trained, Dice here; against both losses from scratch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 1))
+    loss = DiceCELoss(softmax=True, lambda_ce=0.0)
+    trainer = make_trainer(
+        network=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        loss_function=loss,
+        dataset=Dataset(items(classes=False)),
+        max_epochs=1,
+    )
+    before, seen = copy.deepcopy(net), {}
+    guide_batch = trainer.guide_batch
+    trainer.guide_batch = lambda: seen.setdefault("guide", guide_batch())
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate())
+    trainer.run()
+    found = trainer.last_refined
+    image, label = seen["guide"]
+    loss(before(image), F.one_hot(label[:, 0].long(), 2).movedim(-1, 1).float()).backward()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        for value, own in zip(after.parameters(), before.parameters(), strict=True):
+            value -= 1e-4 * own.grad
+        given = F.one_hot((found.image[:, 0] - 0.3 > 0.5).long(), 2).movedim(-1, 1).float()
+        soft = torch.einsum("br...,brk->bk...", given, found.refined.label)
+        lower = [
+            loss(before(x[None]), y[None]) >= loss(after(x[None]), y[None])
+            for x, y in zip(found.image, soft, strict=True)
+        ]
+    assert (found.refined.weight > 0).tolist() == [bool(one) for one in lower]
 
 
 def test_dropout_is_the_same_in_both_passes(make_trainer):
@@ -184,6 +219,7 @@ def test_gains_that_are_not_finite_change_nothing(make_trainer):
         ({"batch_size": 1}, ValueError, "batch_size: expected an integer >= 2"),
         ({"guide_fraction": 0.01}, ValueError, "fraction: expected at least one patient in each part"),
         ({"guide_dataset": Dataset([])}, ValueError, "guide_dataset: expected images, got none"),
+        ({"guide_dataset": Dataset(items()[::2])}, ValueError, "guide_dataset: expected several classes, got class 0"),
         (
             {"guide_dataset": Dataset(items()[:3])},
             ValueError,
