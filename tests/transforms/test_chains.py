@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
+from PIL import Image
 
 from medconstraints.statistics import soft_centroid
 from medconstraints.transforms import (
@@ -13,6 +14,7 @@ from medconstraints.transforms import (
     WeakLabeld,
     bounds_transforms,
     box_transforms,
+    class_transforms,
     reading_transforms,
     weak_label_transforms,
 )
@@ -105,3 +107,21 @@ def test_settings_that_do_not_fit(chain, words):
 
 def test_boxes_of_each_source():
     assert names(box_transforms("label")) == ["LabelToBoxesd"] and names(box_transforms("files")) == ["LoadBoxesd"]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_images_of_classes(tmp_path, from_file):
+    """An array has one channel, a file those that it has; normalised by the training set, or each by itself."""
+    array = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    image = array
+    if from_file:
+        image = str(tmp_path / "a.png")
+        Image.fromarray(array).save(image)
+    item = Compose(class_transforms(mean=10.0, std=4.0))({"image": image, "label": 1, "case": "a"})
+    expected = (array.T if from_file else array).astype(np.float32)  # MONAI's reader of pictures turns them
+    np.testing.assert_allclose(item["image"][0].numpy(), (expected - 10) / 4)
+    assert item["image"].shape[0] == 1 and (item["label"], item["case"]) == (1, "a")
+    alone = Compose(class_transforms())({"image": image})["image"]
+    assert abs(float(alone.mean())) < 1e-5 and abs(float(alone.std(unbiased=False)) - 1) < 1e-4
+    with pytest.raises(ValueError, match="mean, std: expected both or none"):
+        class_transforms(mean=1.0)
