@@ -104,17 +104,17 @@ def fingerprints(path: str | PathLike[str], section: str) -> list[str]:
 
     Raises:
         FileNotFoundError: no such datalist.
-        ValueError: it is not JSON, or the section has an entry without image.
+        ValueError: it is not JSON.
     """
-    given = load_datalist(path).get(section) or []
     found = []
-    for plain, entry in zip(given, read_datalist(path, section, required=False), strict=True):
-        digest = sha256(json.dumps(plain, sort_keys=True).encode())
-        for key in (key for key in PATH_KEYS if key in entry):
-            for file in entry[key] if isinstance(entry[key], list) else [entry[key]]:
-                digest.update(_sample(Path(file)))
-        image = entry["image"][0] if isinstance(entry["image"], list) else entry["image"]
-        found.append(f"{Path(image).name} {digest.hexdigest()[:16]}")
+    for given in load_datalist(path).get(section) or []:
+        entry = given if isinstance(given, dict) else {"image": given}
+        files = [entry[key] for key in (*PATH_KEYS, "npz") if key in entry]
+        names = [str(name) for value in files for name in (value if isinstance(value, list) else [value])]
+        digest = sha256(json.dumps(given, sort_keys=True).encode())
+        for name in names:
+            digest.update(_sample(Path(path).parent / name))
+        found.append(f"{Path(names[0]).name if names else 'entry'} {digest.hexdigest()[:16]}")
     return found
 
 

@@ -143,7 +143,7 @@ def run_settings() -> dict[str, Any]:
     settings = {name: value for name, value in _leaves(config) if name.split("#")[-1] not in FREE_IN_PARTS}
     datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if isinstance(datalist, str) and Path(datalist).is_file():
-        for section in ("training", "validation"):
+        for section in ("training", "validation", "guide"):
             for number, case in enumerate(fingerprints(datalist, section)):
                 settings[f"{section} case {number} of the datalist"] = case
     return settings
