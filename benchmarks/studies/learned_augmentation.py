@@ -69,7 +69,7 @@ ROWS: dict[str, dict[str, tuple[str, list[str], str]]] = {
     },
 }
 # data set: epochs, seeds
-SETS = {"few": (25, 3), "noisy": (25, 3), "shifted": (25, 3), "hippocampus_10": (40, 1)}
+SETS = {"few": (25, 3), "noisy": (25, 3), "shifted": (25, 3), "hippocampus_10": (120, 1)}
 GUIDED = "bilevel, intensity"
 
 

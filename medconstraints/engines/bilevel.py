@@ -53,6 +53,7 @@ class BilevelTrainer(GuidedTrainer):
         guide_fraction: see there.
         redraw: see there.
         guide_dataset: see there.
+        guide_mode: see there. The gradient does not go through the running statistics.
         seed: see there.
         num_workers: see there.
         max_norm: see there.
@@ -85,6 +86,7 @@ class BilevelTrainer(GuidedTrainer):
         guide_fraction: float = 0.2,
         redraw: bool = True,
         guide_dataset: Any = None,
+        guide_mode: str = "eval",
         seed: int = 0,
         num_workers: int = 0,
         max_norm: float | None = None,
@@ -116,6 +118,7 @@ class BilevelTrainer(GuidedTrainer):
             guide_fraction=guide_fraction,
             redraw=redraw,
             guide_dataset=guide_dataset,
+            guide_mode=guide_mode,
             seed=seed,
             num_workers=num_workers,
             max_norm=max_norm,
@@ -191,8 +194,7 @@ class BilevelTrainer(GuidedTrainer):
 
     def _guide(self) -> Callable[[Any], Tensor]:
         image, label = self.guide_batch()
-        target = self._target(label)
-        return lambda parameters: self.loss_function(self.forward(parameters, image), target)
+        return self.guide_loss_of(image, self._target(label))
 
     def _target(self, label: Tensor) -> Tensor:
         """Class numbers as they are, label maps (B, 1, *S) as one-hot channels."""

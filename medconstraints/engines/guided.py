@@ -46,6 +46,9 @@ class GuidedTrainer(TargetTrainer):
         guide_fraction: share of the patients that guides, see `GuideSplit`.
         redraw: see `GuideSplit`.
         guide_dataset: images that only guide, in place of a part of `dataset`.
+        guide_mode: of the network when its loss on guide images is taken. "eval" is what inference will do: running
+            statistics and no dropout. In "train" batch normalisation takes the statistics of the guide batch, and does
+            not see that its contrast or brightness is another than that of the images that train.
         seed: of the parts and of the order in which images come.
         num_workers: of each loader.
         max_norm: the norm to which gradients are scaled down, None for none.
@@ -75,6 +78,7 @@ class GuidedTrainer(TargetTrainer):
         guide_fraction: float = 0.2,
         redraw: bool = True,
         guide_dataset: Any = None,
+        guide_mode: str = "train",
         seed: int = 0,
         num_workers: int = 0,
         max_norm: float | None = None,
@@ -84,6 +88,7 @@ class GuidedTrainer(TargetTrainer):
         checks.whole_number("batch_size", batch_size, 2)  # statistics of a batch of one say nothing
         inner_state(optimizer, {})
         self.max_norm = max_norm
+        self.guide_mode = checks.choice("guide_mode", guide_mode, ("train", "eval"))
         self.skipped_steps = 0
         guide_size = checks.whole_number("guide_batch_size", guide_batch_size or batch_size, 2)
         if isinstance(_items(dataset), MissingData):
@@ -176,6 +181,20 @@ class GuidedTrainer(TargetTrainer):
                 return self._prepared(batch)
             self._guide_batches = None
         raise ValueError("guide images: expected at least one full batch, got none; lower guide_batch_size.")
+
+    def guide_loss_of(self, image: Tensor, target: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """Loss of guide images as a function of the parameters, in the mode that was asked for."""
+
+        def loss(parameters: Mapping[str, Tensor]) -> Tensor:
+            modes = {module: module.training for module in self.plain_network.modules()}
+            self.plain_network.train(self.guide_mode == "train")
+            try:
+                return self.loss_function(self.forward(parameters, image), target)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+
+        return loss
 
     def step_beside(self, optimizer: Optimizer) -> None:
         """Step of an optimizer of something else that learns; left out and counted when a gradient is not finite."""

@@ -54,6 +54,7 @@ class SaflexTrainer(GuidedTrainer):
         guide_fraction: see there.
         redraw: see there.
         guide_dataset: see there.
+        guide_mode: see there.
         seed: see there.
         num_workers: see there.
         max_norm: see there.
@@ -87,6 +88,7 @@ class SaflexTrainer(GuidedTrainer):
         guide_fraction: float = 0.2,
         redraw: bool = True,
         guide_dataset: Any = None,
+        guide_mode: str = "train",
         seed: int = 0,
         num_workers: int = 0,
         max_norm: float | None = None,
@@ -112,6 +114,7 @@ class SaflexTrainer(GuidedTrainer):
             guide_fraction=guide_fraction,
             redraw=redraw,
             guide_dataset=guide_dataset,
+            guide_mode=guide_mode,
             seed=seed,
             num_workers=num_workers,
             max_norm=max_norm,
@@ -183,8 +186,7 @@ class SaflexTrainer(GuidedTrainer):
         first = (self.state.iteration - 1) % self._epoch_length()
         if self._direction is None or first % self.guide_interval == 0:
             image, label = self.guide_batch()
-            target = self._target(label)
-            _, v = guide_gradient(lambda p: self.loss_function(self.forward(p, image), target), parameters)
+            _, v = guide_gradient(self.guide_loss_of(image, self._target(label)), parameters)
             averaged([*v.values()])
             self._direction = v
         return self._direction
