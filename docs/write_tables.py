@@ -439,7 +439,7 @@ def learned_more() -> str:
         ]
         for row in weights["rows"]
     ]
-    header = ["Network", "Gains", "Loss saved", "In standard errors", "AUC of wrong labels"]
+    header = ["Network", "Gains", "Loss saved", "In standard errors", "AUC of wrong labels in a class"]
     return paragraphs(
         f"The shift to be found is x 0.4 + 1.0. {'; '.join(parts)}." if parts else "",
         markdown_table(header, rows),
