@@ -75,6 +75,8 @@ SHIPPED = {
     "size_constraint": POINTS,
     "boundary_loss": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
+    "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
+    "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
 }
 # Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
 PROPOSALS = {"config_files": ["train.json", "acdc.json", "proposals.json"]}

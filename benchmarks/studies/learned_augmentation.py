@@ -244,6 +244,7 @@ def collect() -> dict[str, Any]:
                 }
             entry["augmenter"] = [one["augmenter"] for one in found.values() if "augmenter" in one] or None
             entry["command"] = found[min(found)]["command"]
+            entry["settings"] = settings_of(dataset, row, min(found))
             results.setdefault(dataset, {})[row] = entry
             reference = "RandAugment, control" if "SAFLEX" in row and "mixup" not in row else "none"
             reference = "mixup, control" if row == "mixup, SAFLEX" else reference
@@ -257,6 +258,21 @@ def collect() -> dict[str, Any]:
         "epochs": {name: epochs for name, (epochs, _) in SETS.items()},
         "results": results,
     }
+
+
+def settings_of(dataset: str, row: str, seed: int) -> dict[str, Any]:
+    """What the run was told, from the file that it wrote; it must be what the row claims.
+
+    Raises:
+        ValueError: it is not.
+    """
+    told = json.loads(Path(f"runs/{name_of(dataset, row, seed)}/settings.json").read_text())
+    words = shlex.split(ROWS[dataset][row][2])
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        found = told["options"].get(name.removeprefix("--").replace("#", "::"), told["options"].get(name[2:]))
+        if str(found) != value:
+            raise ValueError(f"the row {row!r} claims {name} {value}, its run had {found!r}")
+    return {"config_files": told["config_files"], "options": told["options"]}
 
 
 def difference(dataset: str, row: str, reference: str, labels: np.ndarray, draws: int = 1000) -> dict[str, Any]:
