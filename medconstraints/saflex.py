@@ -49,9 +49,8 @@ def label_gains(logits: Tensor, moved: Tensor, eps: float, *, centred: bool = Tr
         logits: z(theta), (B, K), or of each voxel (B, K, *S).
         moved: z(theta - eps v) of the same images in the same mode.
         eps: see `guide_step`.
-        centred: subtract the mean over the batch from the change of each logit. Without it Pi says mostly which class
-            the guide batch has more of, and its weights find wrong labels worse than chance (measured: area under the
-            ROC curve 0.13 to 0.46; centred 0.53 to 0.79).
+        centred: subtract the mean over the batch from the change of each logit. Without it Pi also says which class the
+            guide batch has more of, and the weights made of it save half of the loss (`docs/augmentation.md`).
     """
     slope = (moved - logits).detach().float() / eps
     if centred:
