@@ -1,6 +1,11 @@
 """Transforms: from labels or box files to the targets of the losses; imported as `medconstraints.transforms`."""
 
-from medconstraints.transforms.augmentations import affine_transforms, nnunet_transforms
+from medconstraints.transforms.augmentations import (
+    affine_transforms,
+    nnunet_transforms,
+    upstream_mixing,
+    upstream_transforms,
+)
 from medconstraints.transforms.bounds import LabelToBoundsd, label_to_bounds, presence_bounds
 from medconstraints.transforms.boxes import BoxesToGridd, LabelToBoxesd
 from medconstraints.transforms.chains import (
@@ -61,5 +66,7 @@ __all__ = [
     "reading_transforms",
     "save_common_bounds",
     "save_mask",
+    "upstream_mixing",
+    "upstream_transforms",
     "weak_label_transforms",
 ]

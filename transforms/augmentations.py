@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from monai.transforms import (
+    CutMix,
+    MixUp,
     RandAdjustContrastd,
     RandAffined,
     RandFlipd,
@@ -17,7 +19,12 @@ from monai.transforms import (
     RandSimulateLowResolutiond,
 )
 
-__all__ = ["affine_transforms", "nnunet_transforms"]
+from medconstraints import checks
+from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
+
+__all__ = ["UPSTREAMS", "affine_transforms", "nnunet_transforms", "upstream_mixing", "upstream_transforms"]
+
+UPSTREAMS = ("randaugment", "trivial", "nnunet", "mixup", "cutmix")
 
 Chain = list[Callable[..., Any]]
 
@@ -89,6 +96,42 @@ def nnunet_transforms(
         RandAdjustContrastd(images, prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
         *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in mirror_axes),
     ]
+
+
+def upstream_transforms(upstream: str, *, keys: Sequence[str], spatial_dims: int, magnitude: float = 5) -> Chain:
+    """Augmentation of each item by name: "randaugment", "trivial" or "nnunet"; nothing for what mixes a batch.
+
+    Args:
+        upstream: of `UPSTREAMS`.
+        keys: images and label maps; a key that ends with "label" is read at the nearest voxel.
+        spatial_dims: 2 or 3.
+        magnitude: of RandAugment.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    labels = [key for key in keys if _is_label(key)]
+    checks.choice("upstream", upstream, UPSTREAMS)
+    if upstream == "randaugment":
+        return [RandAugmentd(keys, label_keys=labels, magnitude=magnitude)]
+    if upstream == "trivial":
+        return [TrivialAugmentd(keys, label_keys=labels)]
+    return nnunet_transforms(spatial_dims, keys=keys) if upstream == "nnunet" else []
+
+
+def upstream_mixing(upstream: str, batch_size: int) -> MixUp | CutMix | None:
+    """Augmentation of a batch by name, MONAI's: "mixup" or "cutmix"; None for what augments each item.
+
+    Args:
+        upstream: of `UPSTREAMS`.
+        batch_size: of the batches.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    mixers = {"mixup": MixUp, "cutmix": CutMix}
+    kind = mixers.get(checks.choice("upstream", upstream, UPSTREAMS))
+    return None if kind is None else kind(batch_size, alpha=1.0)
 
 
 def _modes(keys: Sequence[str]) -> list[str]:

@@ -131,6 +131,15 @@ def test_each_upstream(upstream, rules, bundles_root, run_bundle, classes, tmp_p
     assert run.trainer.state.iteration == 6 and (tmp_path / "saflex.csv").exists() == (rules != "none")
 
 
+def test_an_unknown_upstream_is_named(bundles_root, run_bundle, classes, messages, tmp_path):
+    given = {"datalist": classes, "output_dir": tmp_path, "upstream": "wrong", **CLASSIFICATION}
+    with pytest.raises(RuntimeError) as caught:
+        run_bundle(bundles_root / "saflex", ["train", "classification"], **given)
+    assert "upstream: expected one of randaugment, trivial, nnunet, mixup, cutmix, got 'wrong'" in messages(
+        caught.value
+    )
+
+
 @each_bundle
 def test_scores_of_a_classification(name, bundles_root, run_bundle, classes, tmp_path):
     given = {"datalist": classes, **CLASSIFICATION}
