@@ -102,20 +102,18 @@ def test_a_run_that_is_killed_over_and_over(name, bundles_root, run_bundle, two_
     begun = time.monotonic()
     assert not ended(start("whole"))
     seconds = time.monotonic() - begun
-    killed = 0
-    for _ in range(KILLS):
-        child = start("cut")
-        time.sleep(draws.uniform(0.1, 0.6) * seconds)
-        os.kill(child, signal.SIGKILL)
-        killed += ended(child)
-    for _ in range(KILLS_WHILE_WRITING):
+    killed = []
+    for kind in ["time"] * KILLS + ["write"] * KILLS_WHILE_WRITING:
         number = draws.randrange(1, 6)
-        killed += ended(start("cut", lambda number=number: kill_in_write(number)))
-        # A run that is through writes no more: one that is killed while it writes starts anew.
-        if (tmp_path / "cut").exists() and final_epoch(tmp_path / "cut") == TINY["epochs"]:
+        child = start("cut", (lambda number=number: kill_in_write(number)) if kind == "write" else lambda: None)
+        if kind == "time":
+            time.sleep(draws.uniform(0.1, 0.6) * seconds)
+            os.kill(child, signal.SIGKILL)
+        killed += [kind] * ended(child)
+        if final_epoch(tmp_path / "cut") == TINY["epochs"]:  # it is through: the next one begins anew
             assert_same(tmp_path / "whole", tmp_path / "cut")
-            (tmp_path / "cut").rename(tmp_path / f"done_{number}_{killed}")
-    assert killed >= KILLS_WHILE_WRITING
+            (tmp_path / "cut").rename(tmp_path / f"done_{len(list(tmp_path.iterdir()))}")
+    assert {*killed} == {"time", "write"} and len(killed) >= (KILLS + KILLS_WHILE_WRITING) // 2
     assert not ended(start("cut"))
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
