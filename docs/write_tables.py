@@ -414,11 +414,9 @@ def learned(*, told: bool) -> str:
         header = [title, "Seeds", *keys, *(["Against", *(f"{key}: difference" for key in keys)] if told else [])]
         parts.append(markdown_table(header, learned_rows(results, told=told)))
     epochs = ", ".join(f"{name} {count}" for name, count in content["epochs"].items())
-    text = (
-        f"`{content['command']}`, {content['date']}; epochs: {epochs}. Mean and standard deviation over the seeds; in "
-        "brackets 95 % intervals of a paired bootstrap over the test cases."
-    )
-    return paragraphs(*parts, text if told else text.split("; in brackets")[0] + ".")
+    text = f"`{content['command']}`, {content['date']}; epochs: {epochs}. Mean and standard deviation over the seeds"
+    intervals = "; in brackets 95 % intervals of a paired bootstrap over the test cases"
+    return paragraphs(*parts, text + (intervals if told else "") + ".")
 
 
 def learned_more() -> str:

@@ -278,7 +278,7 @@ def mixed_product(
         inputs: floating-point tensors; those that require no gradient get zeros.
         direction: u, by name.
         method: "exact" differentiates twice. "difference" takes central differences of `d L / d(inputs)` along u, with
-            about half of the memory and a fifth less time; wrong by some per cent with smooth activations, and with
+            about half of the memory and a tenth less time; wrong by some per cent with smooth activations, and with
             kinked ones (ReLU, PReLU) often closer to what a step of finite length does than the exact value.
         gradients: those that `inner_gradient` made of these very parameters and inputs, for "exact"; their graph is
             used up. None: computed here.

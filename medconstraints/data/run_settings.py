@@ -187,10 +187,11 @@ def start_inference(volumes: Any, output_dir: str | Path) -> None:
 
 def _warn_of_shared_cases(datalist: Mapping[str, Any]) -> None:
     """A validation volume that is trained on flatters."""
-    names = [
-        {str(entry.get("image") if isinstance(entry, dict) else entry) for entry in datalist.get(section) or ()}
+    sections = [
+        [entry if isinstance(entry, dict) else {"image": entry} for entry in datalist.get(section) or ()]
         for section in ("training", "validation")
     ]
+    names = [{str(entry["image"]) for entry in entries if "image" in entry} for entries in sections]  # not rows of npz
     if shared := sorted(names[0] & names[1]):
         logger.warning(
             "datalist: %d volumes, such as %s, are in training and in validation: its scores say nothing of other "

@@ -33,13 +33,6 @@ class BilevelTrainer(GuidedTrainer):
     its image, as one-hot channels.
 
     Args:
-        device: see `GuidedTrainer`.
-        max_epochs: see there.
-        dataset: see there.
-        network: see there; smooth activations (SiLU) are best, a kink has no second derivative.
-        optimizer: see there.
-        loss_function: `(output, label) -> scalar`, such as `CrossEntropyLoss` for classes. With label maps it gets
-            one-hot channels that are soft at borders, such as MONAI's `DiceCELoss(softmax=True)`.
         augmenter: `(image, label, spacing_mm) -> (image, label)`, such as `Augmenter`; differentiable.
         augmenter_optimizer: of its parameters.
         num_classes: of label maps; None for classes.
@@ -48,17 +41,11 @@ class BilevelTrainer(GuidedTrainer):
         warm_up: iterations in which it does not; at their start Adam's and RMSprop's steps hardly depend on the size
             of a gradient.
         method: "exact" or "difference", see `mixed_product`; the latter for K = 1.
-        batch_size: see `GuidedTrainer`, as for the rest.
-        guide_batch_size: see there.
-        guide_fraction: see there.
-        redraw: see there.
-        guide_dataset: see there.
-        guide_mode: see there. The gradient does not go through the running statistics.
-        seed: see there.
-        num_workers: see there.
-        max_norm: see there.
-        train_handlers: see there.
-        decollate: see there.
+        batch_size: of training batches.
+        guide_mode: see `GuidedTrainer`. The gradient does not go through the running statistics.
+        options: the other arguments of `GuidedTrainer`. Networks with smooth activations (SiLU) are best: a kink has no
+            second derivative. With label maps the loss gets one-hot channels that are soft at borders, as MONAI's
+            `DiceCELoss(softmax=True)` takes them.
 
     Raises:
         TypeError: the augmenter is not differentiable.
@@ -68,12 +55,6 @@ class BilevelTrainer(GuidedTrainer):
     def __init__(
         self,
         *,
-        device: str | torch.device,
-        max_epochs: int,
-        dataset: Any,
-        network: nn.Module,
-        optimizer: Optimizer,
-        loss_function: Callable[..., Any],
         augmenter: nn.Module,
         augmenter_optimizer: Optimizer,
         num_classes: int | None = None,
@@ -82,18 +63,10 @@ class BilevelTrainer(GuidedTrainer):
         warm_up: int = 20,
         method: str = "exact",
         batch_size: int = 16,
-        guide_batch_size: int | None = None,
-        guide_fraction: float = 0.2,
-        redraw: bool = True,
-        guide_dataset: Any = None,
         guide_mode: str = "eval",
-        seed: int = 0,
-        num_workers: int = 0,
-        max_norm: float | None = None,
-        train_handlers: Sequence[Any] | None = None,
-        decollate: bool = True,
+        **options: Any,
     ) -> None:
-        self.augmenter = augmenter.to(device)
+        self.augmenter = augmenter.to(options["device"])
         self.augmenter_optimizer = augmenter_optimizer
         self.num_classes = num_classes
         self.unroll = checks.whole_number("unroll", unroll, 1)
@@ -105,26 +78,8 @@ class BilevelTrainer(GuidedTrainer):
                 f"unroll: expected 1, or method 'exact' and a batch of at least two for each step, got {unroll} with "
                 f"method {method!r} and batch_size {batch_size}."
             )
-        _check_differentiable(augmenter, network)
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            dataset=dataset,
-            network=network,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            batch_size=batch_size,
-            guide_batch_size=guide_batch_size,
-            guide_fraction=guide_fraction,
-            redraw=redraw,
-            guide_dataset=guide_dataset,
-            guide_mode=guide_mode,
-            seed=seed,
-            num_workers=num_workers,
-            max_norm=max_norm,
-            train_handlers=train_handlers,
-            decollate=decollate,
-        )
+        _check_differentiable(augmenter, options["network"])
+        super().__init__(batch_size=batch_size, guide_mode=guide_mode, **options)
 
     def guided_step(self, image: Tensor, label: Any) -> tuple[Tensor, Tensor, Any]:
         """See `GuidedTrainer`."""

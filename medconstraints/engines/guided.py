@@ -208,7 +208,7 @@ class GuidedTrainer(TargetTrainer):
 
     def _prepared(self, batch: Any) -> tuple[Tensor, Any]:
         image, label, *_ = self.prepare_batch(batch, self.state.device, self.non_blocking, **self.to_kwargs)
-        return _plain(image), _plain(label)
+        return checks.plain(image), checks.plain(label)
 
     def _forget_guide(self, engine: Engine) -> None:
         self._guide_batches = None
@@ -236,10 +236,6 @@ def one_hot(label: Tensor, num_classes: int) -> Tensor:
             "correct num_classes, or map the labels."
         )
     return F.one_hot(numbers, num_classes).movedim(-1, 1).to(torch.get_default_dtype())
-
-
-def _plain(value: Any) -> Any:
-    return value.as_tensor() if hasattr(value, "as_tensor") else value
 
 
 def _items(dataset: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Randomizable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from medconstraints import checks
 from medconstraints.engines.guided import GuidedTrainer, averaged, one_hot
@@ -34,14 +33,6 @@ class SaflexTrainer(GuidedTrainer):
     A baseline that is to be compared gets the same images: twice the batch, and the guide images as training data too.
 
     Args:
-        device: see `GuidedTrainer`.
-        max_epochs: see there.
-        dataset: see there.
-        network: see there.
-        optimizer: see there.
-        loss_function: `(output, label) -> scalar` of plain and guide images; for classes `CrossEntropyLoss`. With
-            label maps it gets one-hot channels that may be soft, such as MONAI's `DiceCELoss(softmax=True)`, and the
-            augmented samples one by one; for classes these have the cross-entropy.
         num_classes: K.
         rules: how labels and weights are made: "centred" or "paper", or values of `Rules`. "none" trains on the same
             batches with the labels of the augmentation: the control.
@@ -49,17 +40,12 @@ class SaflexTrainer(GuidedTrainer):
             `CutMix`; None takes `augmented_key`.
         augmented_key: key of the augmented image of an item; its label map has this key with "_label" behind.
         guide_interval: iterations for which a guide gradient is used.
-        batch_size: see `GuidedTrainer`, as for the rest.
-        guide_batch_size: None takes a quarter of `batch_size`: that is enough, and costs less.
-        guide_fraction: see there.
-        redraw: see there.
-        guide_dataset: see there.
-        guide_mode: see there.
-        seed: see there.
-        num_workers: see there.
-        max_norm: see there.
-        train_handlers: see there.
-        decollate: see there.
+        batch_size: of training batches.
+        guide_batch_size: None takes a quarter of `batch_size`, which costs less.
+        seed: see `GuidedTrainer`; of what `mixing` draws too.
+        options: the other arguments of `GuidedTrainer`. For classes the loss is `CrossEntropyLoss`, which the augmented
+            samples have in any case. With label maps it gets one-hot channels that may be soft, as MONAI's
+            `DiceCELoss(softmax=True)` takes them, and the augmented samples one by one.
 
     Raises:
         TypeError: see `GuidedTrainer`.
@@ -72,12 +58,6 @@ class SaflexTrainer(GuidedTrainer):
     def __init__(
         self,
         *,
-        device: str | torch.device,
-        max_epochs: int,
-        dataset: Any,
-        network: nn.Module,
-        optimizer: Optimizer,
-        loss_function: Callable[..., Any],
         num_classes: int,
         rules: Rules | Mapping[str, Any] | str = "centred",
         mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -85,15 +65,8 @@ class SaflexTrainer(GuidedTrainer):
         guide_interval: int = 1,
         batch_size: int = 16,
         guide_batch_size: int | None = None,
-        guide_fraction: float = 0.2,
-        redraw: bool = True,
-        guide_dataset: Any = None,
-        guide_mode: str = "train",
         seed: int = 0,
-        num_workers: int = 0,
-        max_norm: float | None = None,
-        train_handlers: Sequence[Any] | None = None,
-        decollate: bool = True,
+        **options: Any,
     ) -> None:
         self.num_classes = checks.whole_number("num_classes", num_classes, 2)
         self.rules = None if rules == "none" else Rules.named(rules)
@@ -102,25 +75,8 @@ class SaflexTrainer(GuidedTrainer):
         self.guide_interval = checks.whole_number("guide_interval", guide_interval, 1)
         self.last_refined: RefinedBatch | None = None
         self._direction: dict[str, Tensor] | None = None
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            dataset=dataset,
-            network=network,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            batch_size=batch_size,
-            guide_batch_size=guide_batch_size or max(2, int(batch_size) // 4),
-            guide_fraction=guide_fraction,
-            redraw=redraw,
-            guide_dataset=guide_dataset,
-            guide_mode=guide_mode,
-            seed=seed,
-            num_workers=num_workers,
-            max_norm=max_norm,
-            train_handlers=train_handlers,
-            decollate=decollate,
-        )
+        guide_batch_size = guide_batch_size or max(2, int(batch_size) // 4)
+        super().__init__(batch_size=batch_size, guide_batch_size=guide_batch_size, seed=seed, **options)
         self.add_event_handler(Events.EPOCH_STARTED, self._seed_mixing, seed=seed)
 
     def _seed_mixing(self, engine: Engine, seed: int) -> None:
@@ -140,14 +96,7 @@ class SaflexTrainer(GuidedTrainer):
             with torch.no_grad(), torch.random.fork_rng():
                 after = self.forward(moved, augmented)
         logits = self.forward(parameters, augmented)
-        gains = label_gains(logits, after, eps, centred=self.rules.centred)
-        soft, weight = self._refined(augmented, given, gains, self.rules)
-        if weight is not None and logits.dim() > 2 and self.rules.weigh == "gain":
-            # A step on a sample with this loss, which need not be a cross-entropy, helps where the guide's lowers it.
-            with torch.no_grad():
-                lowered = self._losses(logits, soft) - self._losses(after, soft) >= 0
-            weight = lowered.to(weight) * len(weight) / lowered.sum().clamp(min=1)
-            self.last_refined = self._with_weight(weight)
+        soft, weight = self._refined(logits, after, eps, augmented, given)
         return self._trained(logits, soft, weight, image, label)
 
     def _trained(
@@ -167,7 +116,7 @@ class SaflexTrainer(GuidedTrainer):
             # As a map over the image a class is mixed as its image is: also by the part of a patch that is inside.
             axes = [1] * (image.dim() - given.dim())
             maps = given.view(*given.shape, *axes).expand(*given.shape[:2], *image.shape[2:])
-            mixed, maps = (_plain(value) for value in self.mixing(image, maps))
+            mixed, maps = (checks.plain(value) for value in self.mixing(image, maps))
             return mixed, maps.flatten(2).mean(-1) if axes else maps
         batch: Any = self.state.batch
         if self.augmented_key not in batch:
@@ -175,15 +124,15 @@ class SaflexTrainer(GuidedTrainer):
                 f"{self.augmented_key}: expected the augmented image under this key in each item, got "
                 f"{sorted(map(str, batch))}; copy the image before the augmentation (CopyItemsd), or give mixing."
             )
-        augmented = _plain(batch[self.augmented_key]).to(image.device, non_blocking=True)
+        augmented = checks.plain(batch[self.augmented_key]).to(image.device, non_blocking=True)
         if given.dim() > 2:
-            warped = _plain(batch[f"{self.augmented_key}_label"]).to(image.device, non_blocking=True)
+            warped = checks.plain(batch[f"{self.augmented_key}_label"]).to(image.device, non_blocking=True)
             given = one_hot(warped, self.num_classes)
         return augmented, given
 
     def _guide_direction(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Guide gradient v, by name; it is kept for `guide_interval` iterations, not over the end of an epoch."""
-        first = (self.state.iteration - 1) % self._epoch_length()
+        first = (self.state.iteration - 1) % (self.state.epoch_length or 1)
         if self._direction is None or first % self.guide_interval == 0:
             image, label = self.guide_batch()
             _, v = guide_gradient(self.guide_loss_of(image, self._target(label)), parameters)
@@ -191,29 +140,30 @@ class SaflexTrainer(GuidedTrainer):
             self._direction = v
         return self._direction
 
-    def _epoch_length(self) -> int:
-        return self.state.epoch_length or 1
-
-    def _refined(self, image: Tensor, given: Tensor, gains: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
+    def _refined(
+        self, logits: Tensor, after: Tensor, eps: float, image: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Soft labels like the given ones, and weights (B,); as given where the gains are not finite."""
-        share = None
+        rules = self.rules or Rules()
+        gains, labels, share = label_gains(logits, after, eps, centred=rules.centred), given, None
         if given.dim() > 2:
             gains, share = region_gains(gains, given)
             labels = torch.eye(self.num_classes, device=gains.device).expand_as(gains)
-        else:
-            labels = given
         if not bool(gains.isfinite().all()):
             self.skipped_steps += 1
             return given, None
         found = refine(gains, labels, rules, share=share)
-        soft = found.label if share is None else torch.einsum("br...,brk->bk...", given, found.label)
+        soft = found.label
+        if share is not None:
+            soft = torch.einsum("br...,brk->bk...", given, found.label)
+            if rules.weigh == "gain":
+                # A step on a sample with its own loss, perhaps no cross-entropy, helps where the guide's lowers that.
+                with torch.no_grad():
+                    kept = (self._losses(logits, soft) >= self._losses(after, soft)).to(found.weight)
+                found = found._replace(weight=kept * len(kept) / kept.sum().clamp(min=1))
         shares = given if share is None else share
         self.last_refined = RefinedBatch(_names(self.state.batch, len(image)), image, shares, found)
         return soft, found.weight
-
-    def _with_weight(self, weight: Tensor) -> RefinedBatch | None:
-        batch = self.last_refined
-        return None if batch is None else batch._replace(refined=batch.refined._replace(weight=weight))
 
     def _losses(self, logits: Tensor, label: Tensor) -> Tensor:
         """Of each augmented sample, (B,)."""
@@ -238,7 +188,3 @@ def _names(batch: Mapping[str, Any], count: int) -> list[str]:
     if not isinstance(names, list | tuple) or len(names) != count:
         names = range(count)
     return [Path(str(name)).name for name in names]
-
-
-def _plain(value: Any) -> Tensor:
-    return value.as_tensor() if hasattr(value, "as_tensor") else torch.as_tensor(value)

@@ -189,6 +189,11 @@ def test_warns_of_volumes_that_train_and_validate(config_file, tmp_path, caplog)
     config_file.write_text(json.dumps(CONFIG | {"datalist": str(cases), "run": ["$data.start_run(@output_dir)"]}))
     run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "run"))
     assert "1 volumes, such as b.nii, are in training and in validation" in caplog.text
+    caplog.clear()
+    rows = {name: [{"npz": "a.npz", "images": name, "labels": "b"}] for name in ("training", "validation")}
+    cases.write_text(json.dumps(rows))
+    run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "rows"))
+    assert "are in training and in validation" not in caplog.text
 
 
 def test_settings_carry_those_of_the_training(config_file, tmp_path, caplog):
