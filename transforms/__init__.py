@@ -3,6 +3,7 @@
 from medconstraints.transforms.augmentations import (
     affine_transforms,
     nnunet_transforms,
+    placement_transforms,
     upstream_mixing,
     upstream_transforms,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "load_common_bounds",
     "mask_transforms",
     "nnunet_transforms",
+    "placement_transforms",
     "pad_boxes_collate",
     "patch_transforms",
     "presence_bounds",

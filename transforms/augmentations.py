@@ -14,6 +14,7 @@ from monai.transforms import (
     RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
+    RandomOrder,
     RandScaleIntensityd,
     RandScaleIntensityFixedMeand,
     RandSimulateLowResolutiond,
@@ -22,8 +23,17 @@ from monai.transforms import (
 from medconstraints import checks
 from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
 
-__all__ = ["UPSTREAMS", "affine_transforms", "nnunet_transforms", "upstream_mixing", "upstream_transforms"]
+__all__ = [
+    "PLACEMENTS",
+    "UPSTREAMS",
+    "affine_transforms",
+    "nnunet_transforms",
+    "placement_transforms",
+    "upstream_mixing",
+    "upstream_transforms",
+]
 
+PLACEMENTS = ("none", "rotate", "flip", "translate", "combined")
 UPSTREAMS = ("randaugment", "trivial", "nnunet", "mixup", "cutmix")
 
 Chain = list[Callable[..., Any]]
@@ -63,6 +73,36 @@ def affine_transforms(
         )
     ]
     return chain if flip_axis is None else [*chain, RandFlipd(keys, prob=0.5, spatial_axis=flip_axis)]
+
+
+def placement_transforms(
+    kind: str,
+    spatial_dims: int,
+    *,
+    keys: Sequence[str] = ("image", "label"),
+    rotation_deg: float = 30.0,
+    translation_voxels: float = 6.0,
+    flip_axis: int = 0,
+) -> Chain:
+    """Random rotation, flip or translation, or all three in random order (E2EAug, section 4.2); "none" is empty.
+
+    Args:
+        kind: one of `PLACEMENTS`.
+        spatial_dims: 2 or 3.
+        keys: images and label maps; a key that ends with "label" is read at the nearest voxel.
+        rotation_deg: largest, see `affine_transforms`, as for the next.
+        translation_voxels: see there.
+        flip_axis: spatial axis that is mirrored in half of the cases.
+    """
+    checks.choice("kind", kind, PLACEMENTS)
+    chains = {
+        "rotate": affine_transforms(spatial_dims, keys=keys, translation_voxels=0, rotation_deg=rotation_deg),
+        "flip": [RandFlipd(keys, prob=0.5, spatial_axis=flip_axis)],
+        "translate": affine_transforms(spatial_dims, keys=keys, translation_voxels=translation_voxels),
+    }
+    if kind == "combined":
+        return [RandomOrder([transform for chain in chains.values() for transform in chain])]
+    return chains.get(kind, [])
 
 
 def nnunet_transforms(

@@ -54,6 +54,7 @@ def reading_transforms(
     spacing_mm: Sequence[float] | None = None,
     axcodes: str = "RAS",
     spatial_dims: int = 3,
+    allow_channels: bool = False,
     nonzero: bool = False,
 ) -> Chain:
     """Load, check, orient, resample and normalise the image, and the labels with it where an item has them.
@@ -67,13 +68,15 @@ def reading_transforms(
         spacing_mm: voxel spacing to resample to, one value per axis after orientation; -1 keeps an axis, None all.
         axcodes: orientation of volumes.
         spatial_dims: 3, or 2 for images, which keep their orientation.
+        allow_channels: accept channels as a further axis of the image's file, such as RGB, see `LoadVolumed`.
         nonzero: normalise the voxels that are not 0 alone, for images whose background was set to 0.
     """
     labels = [*([label_key] if label_key is not None else []), *other_label_keys]
     keys = ["image", *labels]
     modes = ["bilinear", *["nearest"] * len(labels)]
     chain: Chain = [
-        LoadVolumed(keys, spatial_dims=spatial_dims, allow_missing_keys=True),
+        LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels),
+        LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
     ]
     if spatial_dims == 3:

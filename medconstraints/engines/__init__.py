@@ -2,8 +2,10 @@
 
 from medconstraints.engines.bilevel import BilevelTrainer
 from medconstraints.engines.classification import ClassificationEvaluator
+from medconstraints.engines.end_to_end import EndToEndTrainer
 from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
+from medconstraints.engines.mask_to_image import MaskToImageTrainer
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.engines.saflex import SaflexTrainer
 from medconstraints.engines.training import TargetTrainer
@@ -12,7 +14,9 @@ from medconstraints.engines.validation import ValidationEvaluator
 __all__ = [
     "BilevelTrainer",
     "ClassificationEvaluator",
+    "EndToEndTrainer",
     "GuidedTrainer",
+    "MaskToImageTrainer",
     "PrepareBatchTargets",
     "SaflexTrainer",
     "TargetTrainer",

@@ -3,6 +3,7 @@
 from medconstraints.handlers.augmenter_report import AugmenterReportHandler
 from medconstraints.handlers.constraints import ConstraintMetricsHandler
 from medconstraints.handlers.dual_pass import DualPassHandler
+from medconstraints.handlers.end_to_end_report import EndToEndReportHandler
 from medconstraints.handlers.lists import HandlerList, training_handlers, validation_handlers
 from medconstraints.handlers.loss_weights import LossWeightHandler
 from medconstraints.handlers.monitors import (
@@ -24,6 +25,7 @@ __all__ = [
     "AugmenterReportHandler",
     "ConstraintMetricsHandler",
     "DualPassHandler",
+    "EndToEndReportHandler",
     "EpochSeedHandler",
     "HandlerList",
     "LossTermsHandler",

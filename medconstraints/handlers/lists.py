@@ -85,7 +85,7 @@ class _ConstraintMetrics(ConstraintMetricsHandler):
 
 def training_handlers(
     *,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     output_dir: str,
     seed: int,
     lr_scheduler: LRScheduler | None = None,
@@ -103,8 +103,8 @@ def training_handlers(
     logs and saves.
 
     Args:
-        evaluator: run after every `val_interval` epochs, and after the last one. When it has no data nothing is
-            validated, and `output_dir/model.pt` gets the weights of the latest epoch.
+        evaluator: run after every `val_interval` epochs, and after the last one. When it has no data, or is None, nothing
+            is validated, and `output_dir/model.pt` gets the weights of the latest epoch.
         output_dir: folder of the run, or of its stage: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
         seed: see `EpochSeedHandler`.
         lr_scheduler: stepped after each epoch; a `ReduceLROnPlateau` after each validation, with the evaluator's key
@@ -123,13 +123,12 @@ def training_handlers(
     named = _named(monitors)
     if not any(isinstance(monitor, ConstraintMetricsHandler) for monitor in named.values()):
         named = {"constraints": _ConstraintMetrics(csv_path=f"{output_dir}/constraints.csv", prefix="train_"), **named}
-    validate = evaluator.state.epoch_length != 0
     plateau = lr_scheduler if isinstance(lr_scheduler, ReduceLROnPlateau) else None
     handlers: list[Any] = [EpochSeedHandler(seed), RequireTargetsHandler(), RequireFiniteLossHandler()]
     if lr_scheduler is not None and plateau is None:
         handlers.append(LrScheduleHandler(lr_scheduler, print_lr=False))
     handlers += [LossTermsHandler(), *named.values(), StepFormulationHandler()]
-    if validate:
+    if evaluator is not None and evaluator.state.epoch_length != 0:
         handlers.append(_Validation(val_interval, evaluator, plateau))
     elif plateau is not None:
         raise ValueError("lr_scheduler: follows the key metric, but the evaluator has no data; take another schedule.")

@@ -8,18 +8,21 @@ from medconstraints.losses.constraint import ConstraintLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
 from medconstraints.losses.generalized_dice import GeneralizedDiceLoss
 from medconstraints.losses.hausdorff import HausdorffLoss
+from medconstraints.losses.mask_to_image import CharbonnierLoss, MaskToImageLoss
 from medconstraints.losses.partial_cross_entropy import PartialCrossEntropyLoss
 from medconstraints.losses.proposals import ProposalLoss
 
 __all__ = [
     "BoundaryLoss",
     "BoxPriorLoss",
+    "CharbonnierLoss",
     "CombinedLoss",
     "ConstrainedLoss",
     "ConstraintLoss",
     "DistanceWeightedCrossEntropyLoss",
     "GeneralizedDiceLoss",
     "HausdorffLoss",
+    "MaskToImageLoss",
     "PartialCrossEntropyLoss",
     "Probabilities",
     "ProbabilityLoss",
