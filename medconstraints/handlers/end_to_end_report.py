@@ -47,6 +47,7 @@ class EndToEndReportHandler:
         self.rows = checks.whole_number("rows", rows, 1)
         self.table = EpochTable(self.output_dir / "generator.csv")
         self.shown: dict[str, Tensor] = {}
+        self.writer: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -63,9 +64,11 @@ class EndToEndReportHandler:
         }
         metrics = {name: engine.state.metrics.get(name) for name in COLUMNS}
         self.table.write(epoch, {**metrics, **alpha})
-        with SummaryWriter(log_dir=str(self.output_dir / "tensorboard")) as writer:
-            for name, value in alpha.items():
-                writer.add_scalar(name, value, epoch)
+        if self.writer is None:
+            self.writer = SummaryWriter(log_dir=str(self.output_dir / "tensorboard"))
+        for name, value in alpha.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
         torch.save(self.gan.state_dict(), self.output_dir / "gan.pt")
         if not self.shown:
             self.shown = _items(engine.state.batch, self.rows)
