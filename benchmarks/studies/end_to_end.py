@@ -107,7 +107,8 @@ def _images(data: Path, folder: Path, content: dict[str, Any], size: int, mode: 
         image = Image.open(data / entry["image"]).convert(mode).resize((size, size), Image.Resampling.BILINEAR)
         # Thin vessels survive the mean of a box, not the nearest pixel.
         share = Image.open(data / entry["label"]).convert("L").resize((size, size), Image.Resampling.BOX)
-        items.append({**_save(folder, stem, image, np.asarray(share) > 127), "class": entry.get("class")})
+        kind = {"class": entry["class"]} if "class" in entry else {}
+        items.append({**_save(folder, stem, image, np.asarray(share) > 127), **kind})
     return items
 
 
@@ -149,11 +150,11 @@ def write_overlay(folder: Path) -> None:
     """The second network."""
     network = {
         "_target_": "SegResNet",
-        "spatial_dims": "$@patch_size.__len__()",
+        "spatial_dims": 2,
         "in_channels": 3,
         "out_channels": "@num_classes",
         "init_filters": 8,
-        "act": ["swish", {"inplace": False}],
+        "act": "swish",
     }
     (folder / "segresnet.json").write_text(json.dumps({"network_def": network}, indent=1) + "\n")
 
@@ -339,7 +340,6 @@ def main() -> None:
         write_overlay(Path("lists"))
         for seed in range(max(seeds for _, seeds, *_ in SETS.values())):
             sets = [dataset for dataset in args.sets if seed < SETS[dataset][1]]
-            # Longest first within a seed; the GANs before all that begin with them.
             planned = [(dataset, row) for dataset in sets for row in ROWS[dataset] if seed < seeds_of(dataset, row)]
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda dataset, at=seed: run_one(dataset, "pretrain", at), sets))
