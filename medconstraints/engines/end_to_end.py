@@ -56,8 +56,9 @@ class EndToEndTrainer(GuidedTrainer):
         generated_weight: lambda.
         divide_by_rate: the gradient of A is divided by the learning rate of the network's optimizer, to which it is
             proportional. Undivided it is easily smaller than the epsilon of Adam, which then does not move.
+        interval: A learns in every `interval`-th iteration; the others cost as much as with `levels` 0.
         warm_up: iterations in which A does not learn; in its first steps Adam's hardly depend on the gradient.
-        num_workers, batch_size, dataset, guide_dataset, ...: `options`, the arguments of `GuidedTrainer`.
+        options: the other arguments of `GuidedTrainer`, such as `dataset`, `guide_dataset` and `network`.
 
     Raises:
         TypeError: an optimizer whose step is not known.
@@ -81,6 +82,7 @@ class EndToEndTrainer(GuidedTrainer):
         levels: int = 3,
         generated_weight: float = 1.0,
         divide_by_rate: bool = True,
+        interval: int = 1,
         warm_up: int = 20,
         **options: Any,
     ) -> None:
@@ -94,8 +96,9 @@ class EndToEndTrainer(GuidedTrainer):
         self.levels = checks.choice("levels", levels, (0, 2, 3))
         self.generated_weight = checks.number("generated_weight", generated_weight, above=0)
         self.divide_by_rate = checks.flag("divide_by_rate", divide_by_rate)
+        self.interval = checks.whole_number("interval", interval, 1)
         self.warm_up = checks.whole_number("warm_up", warm_up, 0)
-        self.means = EpochMeans()
+        self.means, self._warned = EpochMeans(), False
         handlers = options.pop("train_handlers", None) or ()
         super().__init__(train_handlers=(), **options)
         self.means.attach(self)
@@ -106,17 +109,20 @@ class EndToEndTrainer(GuidedTrainer):
         """See `GuidedTrainer`."""
         check_pair(image, label)
         self.gan.train()
-        learns = self.levels > 0 and self.state.iteration > self.warm_up
+        iteration = self.state.iteration
+        learns = self.levels > 0 and iteration > self.warm_up and iteration % self.interval == 0
         third = learns and self.levels == 3
         mask, new_mask = one_hot(label, self.num_classes), one_hot(self._augmented_label(), self.num_classes)
-        judged = discriminator_step(self.gan, self.gan_loss, self.discriminator_optimizer, mask, image)
 
-        # (I) the generator's step on its own loss
+        # (I) the discriminator's step, and the generator's on its own loss
         weights, logits = self.gan.generator_weights(), self.gan.architecture()
+        of_mask = self._made(weights, logits.values(), mask)
+        judged = discriminator_step(
+            self.gan, self.gan_loss, self.discriminator_optimizer, mask, image, of_mask.detach()
+        )
 
         def generator_loss(weights: Mapping[str, Tensor], *logits: Tensor) -> Tensor:
-            made = self._made(weights, logits, mask)
-            return self.gan_loss.generator(self.gan.scores(mask, made), made, image)
+            return self.gan_loss.generator(self.gan.scores(mask, of_mask), of_mask, image)
 
         fooled, generator_graph = inner_gradient(generator_loss, weights, [*logits.values()], differentiable=third)
         generator_gradients = _detached(generator_graph)
@@ -219,8 +225,6 @@ class EndToEndTrainer(GuidedTrainer):
                 eps,
                 found,
             )
-
-    _warned = False
 
 
 def _detached(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -71,14 +71,12 @@ class MaskToImageTrainer(TargetTrainer):
         gan: Any = self.network
         gan.train()
         mask = one_hot(label, self.num_classes)
-        judged = discriminator_step(gan, self.loss_function, self.discriminator_optimizer, mask, image)
-        made: list[Tensor] = []
+        made, weights = gan.generator(mask), gan.generator_weights()
+        judged = discriminator_step(gan, self.loss_function, self.discriminator_optimizer, mask, image, made.detach())
 
         def loss(weights: Any) -> Tensor:
-            made.append(gan.generator(mask))
-            return self.loss_function.generator(gan.scores(mask, made[0]), made[0], image)
+            return self.loss_function.generator(gan.scores(mask, made), made, image)
 
-        weights = gan.generator_weights()
         value, gradients = inner_gradient(loss, weights, differentiable=False)
         averaged([*gradients.values()])
         for name, weight in weights.items():
@@ -86,7 +84,7 @@ class MaskToImageTrainer(TargetTrainer):
         engine.state.output = state.output = {
             CommonKeys.IMAGE: image,
             CommonKeys.LABEL: mask,
-            CommonKeys.PRED: made[0].detach(),
+            CommonKeys.PRED: made.detach(),
             CommonKeys.LOSS: value,
         }
         for event in (
@@ -153,7 +151,7 @@ class EpochMeans:
 
 
 def discriminator_step(
-    gan: MaskToImage, loss: MaskToImageLoss, optimizer: Optimizer, mask: Tensor, image: Tensor
+    gan: MaskToImage, loss: MaskToImageLoss, optimizer: Optimizer, mask: Tensor, image: Tensor, made: Tensor
 ) -> Tensor:
     """One step of the discriminator on real pairs and made ones; its loss, detached.
 
@@ -163,9 +161,8 @@ def discriminator_step(
         optimizer: of the discriminator.
         mask: one-hot, (B, K, *S).
         image: of these masks, (B, C, *S).
+        made: generated of these masks, detached.
     """
-    with torch.no_grad():
-        made = gan.generator(mask)
     value = loss.discriminator(gan.scores(mask, image), gan.scores(mask, made))
     optimizer.zero_grad(set_to_none=True)
     value.backward()

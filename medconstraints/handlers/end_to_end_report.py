@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from medconstraints import checks
 from medconstraints.handlers.epoch_table import EpochTable
+from medconstraints.handlers.resume import save_whole
 from medconstraints.networks import MaskToImage
 
 __all__ = ["EndToEndReportHandler"]
@@ -69,7 +70,7 @@ class EndToEndReportHandler:
         for name, value in alpha.items():
             self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
-        torch.save(self.gan.state_dict(), self.output_dir / "gan.pt")
+        save_whole(self.gan.state_dict(), self.output_dir / "gan.pt")
         if not self.shown:
             self.shown = _items(engine.state.batch, self.rows)
         if epoch % self.interval == 0 or epoch == engine.state.max_epochs:
@@ -121,4 +122,5 @@ def _items(batch: Any, count: int) -> dict[str, Tensor]:
 
 
 def _flat(image: Tensor) -> Tensor:
-    return image[..., image.shape[-1] // 2] if image.dim() == 5 else image
+    """(B, C, rows, columns), the middle slice of volumes; files keep the second axis upright."""
+    return (image[..., image.shape[-1] // 2] if image.dim() == 5 else image).transpose(-1, -2)

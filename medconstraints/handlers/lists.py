@@ -103,8 +103,8 @@ def training_handlers(
     logs and saves.
 
     Args:
-        evaluator: run after every `val_interval` epochs, and after the last one. When it has no data, or is None, nothing
-            is validated, and `output_dir/model.pt` gets the weights of the latest epoch.
+        evaluator: run after every `val_interval` epochs, and after the last one. When it has no data, or is None,
+            nothing is validated, and `output_dir/model.pt` gets the weights of the latest epoch.
         output_dir: folder of the run, or of its stage: gets `last.pt` (see `ResumeHandler`) and `tensorboard/`.
         seed: see `EpochSeedHandler`.
         lr_scheduler: stepped after each epoch; a `ReduceLROnPlateau` after each validation, with the evaluator's key

@@ -47,7 +47,7 @@ class Stateful(Protocol):
         """Put it back."""
 
 
-def _save(state: Any, path: Path) -> None:
+def save_whole(state: Any, path: Path) -> None:
     """Write beside and rename: a run killed while it writes leaves the former file whole.
 
     Raises:
@@ -141,7 +141,7 @@ class SaveBestHandler:
     def __call__(self, engine: Any) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            _save(_unwrapped(engine.network).state_dict(), self.path)
+            save_whole(_unwrapped(engine.network).state_dict(), self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
 
@@ -171,7 +171,7 @@ class SaveLatestHandler:
 
     def __call__(self, engine: Any) -> None:
         """Save."""
-        _save(_unwrapped(engine.network).state_dict(), self.path)
+        save_whole(_unwrapped(engine.network).state_dict(), self.path)
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:
@@ -253,7 +253,7 @@ class ResumeHandler:
         if self.evaluator is not None:
             best = self.evaluator.state
             state["evaluator"] = {"best_metric": float(best.best_metric), "best_metric_epoch": best.best_metric_epoch}
-        _save(state, self.path)
+        save_whole(state, self.path)
 
     def _load(self, engine: Engine) -> None:
         state = self._read() if self.path.exists() else None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medconstraints import checks
 
 __all__ = ["MaskToImage", "SearchableCell", "SearchableGenerator"]
 
 _CONVOLUTIONS = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+_FUNCTIONS = {2: (F.conv2d, F.conv_transpose2d), 3: (F.conv3d, F.conv_transpose3d)}
 _NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
@@ -20,6 +23,7 @@ class SearchableCell(nn.Module):
 
     E2EAug, section 3.3: an operator with kernel k, stride 2 and padding (k - 2) / 2 halves an axis, a transposed one
     doubles it. Along an axis with stride 1 the kernel is k - 1 and the size stays, so that thick slices can be kept.
+    The operators are linear and have one centre: their sum is computed as one convolution with the sum of the kernels.
 
     Args:
         spatial_dims: 2 or 3.
@@ -47,7 +51,8 @@ class SearchableCell(nn.Module):
         strides = _strides(spatial_dims, stride)
         if len(kernels) < 2 or any(kernel < 2 or kernel % 2 for kernel in kernels):
             raise ValueError(f"kernels: expected at least two even sizes, got {tuple(kernels)}.")
-        convolution = _CONVOLUTIONS[spatial_dims][transposed]
+        convolution: Any = _CONVOLUTIONS[spatial_dims][transposed]
+        self.function, self.strides, self.kernels = _FUNCTIONS[spatial_dims][transposed], strides, tuple(kernels)
         self.operators = nn.ModuleList(
             convolution(
                 in_channels,
@@ -67,7 +72,15 @@ class SearchableCell(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C_in, *S) -> (B, C_out, *S')."""
-        return torch.stack([weight * op(image) for weight, op in zip(self.alpha, self.operators, strict=True)]).sum(0)
+        largest = max(self.kernels)
+        weight, bias = image.new_zeros(()), image.new_zeros(())
+        operator: Any
+        for alpha, operator, kernel in zip(self.alpha, self.operators, self.kernels, strict=True):
+            margin = [(largest - kernel) // 2] * (2 * len(self.strides))
+            weight = weight + alpha * F.pad(operator.weight, margin)
+            bias = bias + alpha * operator.bias
+        result: Tensor = self.function(image, weight, bias, stride=self.strides, padding=largest // 2 - 1)
+        return result
 
 
 class SearchableGenerator(nn.Module):
@@ -124,9 +137,7 @@ class SearchableGenerator(nn.Module):
             # What comes from below, and but for the deepest level the encoder's output beside it.
             width = widths[level + 1] * (1 if level == len(strides) - 1 else 2)
             out = widths[level] if level else out_channels
-            cell = SearchableCell(
-                spatial_dims, width, out, stride=strides[level], transposed=True, kernels=kernels
-            )
+            cell = SearchableCell(spatial_dims, width, out, stride=strides[level], transposed=True, kernels=kernels)
             tail = [_NORMS[spatial_dims](out), nn.SiLU(), nn.Dropout(dropout)] if level else []
             self.decoder.append(nn.Sequential(cell, *tail))
 
@@ -182,9 +193,7 @@ class MaskToImage(nn.Module):
 
     def cells(self) -> Iterator[tuple[str, SearchableCell]]:
         """Names and searchable cells of the generator."""
-        return (
-            (name, module) for name, module in self.generator.named_modules() if isinstance(module, SearchableCell)
-        )
+        return ((name, module) for name, module in self.generator.named_modules() if isinstance(module, SearchableCell))
 
     def architecture(self) -> dict[str, nn.Parameter]:
         """Logits of the cells, A, by their name in the generator."""

@@ -38,10 +38,11 @@ def write_pairs(
     `output_dir` gets `images/` and `labels/`, PNG files of images with one or three channels (black is three standard
     deviations below the mean, white three above) and else NIfTI; `datalist.json`, marked `"synthetic": true`, with the
     image file each mask came from as `source`; `report.json` with the nearest real image of each generated one, and
-    `nearest.png`, which shows the closest of them beside it.
+    `nearest.png`, which shows the most alike of both.
 
-    The distance is the root mean square difference of intensities. A generator that repeats its training images has
-    distances below those between different real images, `real_to_real`.
+    The distance is the root mean square difference of intensities; `real_to_real` are those from each real image to its
+    nearest other one. `nearest_to_second` tells copies: it is the distance to the nearest real image over that to the
+    second nearest, 0 for a copy, near 1 for an image that is like no single one. A blurred image is close to all.
 
     Args:
         generator: one-hot masks (B, K, *S) -> images (B, C, *S), such as `MaskToImage`. Its dropout stays on.
@@ -91,16 +92,16 @@ def write_pairs(
             files = _write(folder, f"pair_{number:05d}", image, label, item["image"])
             entries.append({**files, "source": _name(item)})
             distances = torch.cdist(image.flatten()[None], reals)[0] / reals.shape[1] ** 0.5
-            nearest = int(distances.argmin())
-            rows.append({**files, "nearest": names[nearest], "rms": round(float(distances[nearest]), 4)})
-            shown.append((float(distances[nearest]), image, _plain(real[nearest]["image"])))
+            (first, second), (nearest, _) = (found.tolist() for found in distances.topk(2, largest=False))
+            rows.append({**files, "nearest": names[nearest], "rms": round(first, 4), "second_rms": round(second, 4)})
+            shown.append((first / max(second, 1e-12), image, _plain(real[nearest]["image"])))
             shown = sorted(shown, key=lambda row: row[0])[:4]
     report = {
         "synthetic": True,
         "pairs": count,
-        "nearest_real": _quantiles(torch.tensor([row["rms"] for row in rows])),
-        "real_to_real": _quantiles(apart),
-        "closer_than_any_two_real": sum(row["rms"] < float(apart.min()) for row in rows),
+        "nearest_real": _quantiles([row["rms"] for row in rows]),
+        "nearest_to_second": _quantiles([row["rms"] / max(row["second_rms"], 1e-12) for row in rows]),
+        "real_to_real": _quantiles(apart.tolist()),
         "rows": rows,
     }
     listed = {"name": "generated pairs", "synthetic": True, "numTraining": count, "training": entries}
@@ -141,9 +142,9 @@ def _picture(images: Sequence[Tensor]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.concatenate(rows, 0)))
 
 
-def _quantiles(values: Tensor) -> dict[str, float]:
-    found = torch.quantile(values.double(), torch.tensor([0, 0.5, 1.0], dtype=torch.float64)).tolist()
-    return {name: round(value, 4) for name, value in zip(("least", "median", "largest"), found, strict=True)}
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    found = np.quantile(values, [0, 0.5, 1])
+    return {name: round(float(value), 4) for name, value in zip(("least", "median", "largest"), found, strict=True)}
 
 
 def _plain(value: Any) -> Tensor:
@@ -156,6 +157,6 @@ def _name(item: Mapping[str, Any]) -> str:
 
 def _seed(dataset: Any, seed: int) -> None:
     """Random transforms of a MONAI data set draw from this seed."""
-    transform = getattr(dataset, "transform", None)
+    transform: Any = getattr(dataset, "transform", None)
     if hasattr(transform, "set_random_state"):
         transform.set_random_state(seed=seed)

@@ -5,13 +5,15 @@ import logging
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import Dataset
 from monai.losses import DiceCELoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.func import functional_call
 
-from medconstraints.engines import EndToEndTrainer
+from medconstraints.engines import EndToEndTrainer, MaskToImageTrainer
+from medconstraints.handlers import training_handlers
 from medconstraints.losses import MaskToImageLoss
 from medconstraints.networks import MaskToImage, SearchableGenerator
 
@@ -43,7 +45,9 @@ def make_items(count=8, seed=0, dims=2, shuffled=False):
         start = torch.randint(0, 4, (dims,), generator=generator).tolist()
         label[(slice(None), *(slice(begin, begin + 4) for begin in start))] = 1
         image = label * 2 - 1 + 0.3 * torch.randn(label.shape, generator=generator)
-        shown = label.flatten()[torch.randperm(label.numel(), generator=generator)].view_as(label) if shuffled else label
+        shown = (
+            label.flatten()[torch.randperm(label.numel(), generator=generator)].view_as(label) if shuffled else label
+        )
         items.append({"image": image, "label": shown, "augmented_label": label.flip(-1), "case": f"{seed}/{number}"})
     return items
 
@@ -188,3 +192,154 @@ def test_the_gradient_of_the_architecture_is_that_of_the_whole_pipeline(record, 
         assert expected.norm() > 1e-7
         assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert through.norm() > 1e-3 * direct.norm()
+
+
+def test_the_gradient_is_that_of_exact_double_backward(record, monkeypatch):
+    plain = {"SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05)}
+    monkeypatch.setitem(OPTIMIZERS, "SGD", plain["SGD"])
+    trainer = record()
+    image, label, augmented = trainer.images
+    gan, network = trainer.before["gan"], trainer.before["network"]
+    gan.discriminator, criterion = trainer.judge, DiceCELoss(softmax=True)
+    weights, logits = gan.generator_weights(), gan.architecture()
+
+    def made(weights, mask):
+        return functional_call(gan.generator, {**weights, **logits}, (mask,))
+
+    def stepped(loss, parameters):
+        slopes = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        return {name: p - 0.05 * slope for (name, p), slope in zip(parameters.items(), slopes, strict=True)}
+
+    first = made(weights, both(label))
+    after = stepped(trainer.gan_loss.generator(gan.scores(both(label), first), first, image), weights)
+    parameters = dict(network.named_parameters())
+    loss = criterion(network(image), both(label)) + criterion(network(made(after, both(augmented))), both(augmented))
+    after = stepped(loss, parameters)
+    guide = criterion(functional_call(network, after, (trainer.guide_images[0],)), both(trainer.guide_images[1]))
+    expected = torch.stack(torch.autograd.grad(guide, list(logits.values())))
+    assert (sum(trainer.found) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("levels", [0, 2, 3])
+def test_levels_say_which_terms_reach_the_architecture(record, levels):
+    trainer = record(levels=levels)
+    moved = max(float(value.abs().max()) for value in trainer.gan.architecture().values())
+    assert (moved > 0) == (levels > 0)
+    if levels:
+        direct, through = (float(term.norm()) for term in trainer.found)
+        assert direct > 0 and (through > 0) == (levels == 3)
+        assert trainer.state.metrics["direct_term"] > 0
+    assert trainer.state.metrics["generator_loss"] > 0
+
+
+def alphas(trainer):
+    return torch.stack([cell.alpha for _, cell in trainer.gan.cells()]).detach()
+
+
+def test_alpha_moves_and_follows_the_guide_labels(make_trainer):
+    found = []
+    for shuffled in (False, True):
+        torch.manual_seed(0)
+        gan = make_gan()
+        trainer = make_trainer(
+            "AdamW",
+            gan=gan,
+            max_epochs=20,
+            guide_dataset=Dataset(make_items(4, seed=1, shuffled=shuffled)),
+            architecture_optimizer=torch.optim.Adam(gan.architecture().values(), lr=0.03),
+        )
+        trainer.run()
+        found.append(alphas(trainer))
+    assert min((one - 0.5).abs().max() for one in found) > 0.05
+    assert (found[0] - found[1]).abs().max() > 0.05
+
+
+def test_the_warm_up_is_a_training_without_levels(make_trainer):
+    """What the levels look ahead at is not left behind, in running statistics neither."""
+    weights = []
+    for levels, warm_up in ((0, 0), (3, 100), (3, 3)):
+        torch.manual_seed(2)
+        network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 1))
+        trainer = make_trainer(network=network, levels=levels, warm_up=warm_up)
+        trainer.run()  # four iterations: the last one learns with a warm-up of 3, after the images were made
+        weights.append({**network.state_dict(), **trainer.gan.generator_weights()})
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+        torch.testing.assert_close(value, weights[2][name], msg=name)  # another order of sums
+
+
+@pytest.mark.parametrize("spoiled", ["generator", "discriminator"])
+def test_a_gan_without_finite_losses_stops_and_keeps_the_last_good_files(make_trainer, tmp_path, spoiled):
+    trainer = make_trainer(
+        max_epochs=3,
+        train_handlers=training_handlers(evaluator=None, output_dir=str(tmp_path), seed=0),
+    )
+    whole = getattr(trainer.gan_loss, spoiled)
+    setattr(trainer.gan_loss, spoiled, lambda *args: whole(*args) * (1.0 if trainer.state.epoch < 2 else float("nan")))
+    with pytest.raises(RuntimeError, match=f"{spoiled}_loss.* in epoch 2; lower the learning rates"):
+        trainer.run()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["trainer"]["epoch"] == 1
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_an_inactive_level_is_told_with_its_number(make_trainer, caplog):
+    gan = make_gan()
+    slow = torch.optim.SGD(gan.generator_weights().values(), lr=1e-9)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(gan=gan, generator_optimizer=slow).run()
+    [message] = [line for line in caplog.messages if "level is inactive" in line]
+    assert "through_term" in message and "direct_term" not in message and "1.0e-08" in message
+
+
+NO_FOREGROUND = [{**item, "augmented_label": torch.zeros(1, 8, 8)} for item in make_items()]
+SIZES = [{**item, "label": torch.zeros(1, 6, 8)} for item in make_items()]
+CLASSES = [{**item, "label": item["label"] * 2} for item in make_items()]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"guide_dataset": Dataset(make_items(1, seed=1))}, ValueError, "at least two images of each part"),
+        ({"dataset": Dataset(NO_FOREGROUND)}, RuntimeError, "label: no mask of epoch 1 has foreground"),
+        ({"dataset": Dataset(SIZES)}, ValueError, r"label: expected the size of its image, \(8, 8\), got \(6, 8\)"),
+        ({"dataset": Dataset(CLASSES)}, ValueError, r"label: expected class numbers 0..1, got 0..2"),
+        ({"num_classes": 3}, ValueError, "num_classes: expected 2, the channels that the generator takes, got 3"),
+        ({"levels": 1}, ValueError, "levels: expected one of 0, 2, 3, got 1"),
+        ({"generated_weight": 0}, ValueError, "generated_weight"),
+        ({"generator_optimizer": torch.optim.Adagrad([nn.Parameter(torch.zeros(1))])}, TypeError, "Adagrad"),
+    ],
+)
+def test_bad_input_is_refused(make_trainer, options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(**options).run()
+
+
+def test_a_batch_without_augmented_labels_says_what_to_do(make_trainer):
+    items = [{key: value for key, value in item.items() if key != "augmented_label"} for item in make_items()]
+    with pytest.raises(KeyError, match="augmented_label: expected this key in the batch"):
+        make_trainer(dataset=Dataset(items)).run()
+
+
+def test_a_gan_is_trained_alone(make_trainer):
+    gan = make_gan()
+    before = copy.deepcopy(gan.state_dict())
+    losses = []
+    trainer = MaskToImageTrainer(
+        device="cpu",
+        max_epochs=15,
+        network=gan,
+        optimizer=torch.optim.Adam(gan.generator_weights().values(), lr=0.01),
+        discriminator_optimizer=torch.optim.Adam(gan.discriminator.parameters(), lr=1e-3),
+        loss_function=MaskToImageLoss(),
+        num_classes=2,
+        dataset=Dataset(make_items()),
+        batch_size=4,
+    )
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: losses.append(engine.state.metrics["generator_loss"])
+    )
+    trainer.run()
+    assert losses[-1] < 0.7 * losses[0]
+    moved = {name for name, value in gan.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "logits" not in name}

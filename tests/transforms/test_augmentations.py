@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose
+from monai.transforms import Compose, RandomOrder
 
-from medconstraints.transforms import affine_transforms, nnunet_transforms
+from medconstraints.transforms import affine_transforms, nnunet_transforms, placement_transforms
+from medconstraints.transforms.augmentations import PLACEMENTS
 
 
 def item(dims):
@@ -49,3 +50,25 @@ def test_classes_have_no_label_map():
     transform = Compose(nnunet_transforms(2, keys=["image"], mirror_axes=[1])).set_random_state(seed=1)
     images = [np.asarray(transform({"image": item(2)["image"], "label": 1})["image"]) for _ in range(5)]
     assert all(np.isfinite(image).all() for image in images)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kind", PLACEMENTS)
+def test_placements_move_image_and_label_alike(kind, dims):
+    transform = Compose(placement_transforms(kind, dims, translation_voxels=3.0)).set_random_state(seed=0)
+    given = item(dims)
+    given["image"] = given["label"].clone()
+    changed = 0
+    for _ in range(10):
+        found = transform(given)
+        image, label = (torch.as_tensor(found[key]) for key in ("image", "label"))
+        assert ((image > 0.5) != (label > 0.5)).float().mean() < 0.05  # linear against nearest, twice
+        changed += int((label != given["label"]).any())
+    assert (changed > 0) == (kind != "none")
+
+
+def test_placements_are_in_random_order_and_of_known_kinds():
+    [combined] = placement_transforms("combined", 2)
+    assert isinstance(combined, RandomOrder) and len(combined.transforms) == 3
+    with pytest.raises(ValueError, match="kind: expected one of none, rotate, flip, translate, combined, got 'turn'"):
+        placement_transforms("turn", 2)
