@@ -76,6 +76,7 @@ SHIPPED = {
     "boundary_loss": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
     "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
+    "e2e_augmentation": Row("e2e_augmentation_hippocampus.json", {"config_files": ["train.json"], "levels": 3, "seed": 0}),
     "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
 }
 # Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
@@ -447,6 +448,48 @@ def learned_more() -> str:
     )
 
 
+END_TO_END = {
+    "skin_40": "Skin lesions",
+    "skin_20": "Skin lesions",
+    "skin_120": "Skin lesions",
+    "skin_nevi": "Skin lesions, trained on common nevi alone, tested on other diagnoses",
+    "breast": "Breast ultrasound",
+    "retina": "Retina vessels",
+    "hippocampus_slices": "Hippocampus, slices of ten volumes",
+    "hippocampus": "Hippocampus, volumes",
+}
+
+
+def end_to_end(*, told: bool) -> str:
+    """All rows of the study of end-to-end augmentation; with `told` the differences and what the generator learned."""
+    content, parts = load("end_to_end.json"), []
+    for name, title in END_TO_END.items():
+        results = content["results"].get(name)
+        if results is None:
+            continue
+        training, validation = content["images"][name]
+        cases = next(iter(results.values()))["test_cases"]
+        header = [f"{title}, {training} + {validation}; {cases} test cases", "Seeds", "Jaccard"]
+        header += ["Differences", "Largest move of alpha"] if told else []
+        rows = []
+        for label, row in results.items():
+            deviation = "" if row["sd"] is None else f" ({row['sd']:.3f})"
+            cells = [label, str(len(row["seeds"])), f"{row['jaccard']:.3f}{deviation}"]
+            if told:
+                gaps = [
+                    f"{signed(found['mean'])} [{', '.join(map(signed, found['interval']))}] to {other}"
+                    for other, found in row.get("against", {}).items()
+                ]
+                alphas = [value for key, value in (row["generator"] or {}).items() if key.startswith("alpha/")]
+                cells += ["; ".join(gaps) or "-", f"{max(abs(a - 0.5) for a in alphas):.2f}" if alphas else "-"]
+            rows.append(cells)
+        parts.append(markdown_table(header, rows))
+    counts = ", ".join(f"{name} {count}" for name, count in content["iterations"].items())
+    text = f"`{content['command']}`, {content['date']}; iterations: {counts}. Mean and standard deviation over the seeds"
+    intervals = "; in brackets 95 % intervals of a paired bootstrap over the test cases"
+    return paragraphs(*parts, text + (intervals if told else "") + ".")
+
+
 # Benchmarks
 
 
@@ -557,6 +600,25 @@ def learned_benchmarks() -> str:
     )
 
 
+def end_to_end_benchmarks() -> str:
+    """A step with generated pairs, against plain ones."""
+    steps = load("benchmark_end_to_end_step.json")
+    rows = [
+        [
+            f"{shape_of(row)}, batch {row['batch']}, {row['case']}",
+            times(row["ratio"]),
+            times(row["memory_ratio"]),
+            f"{row['seconds_per_1000']:.0f} s",
+        ]
+        for row in steps["rows"]
+    ]
+    return paragraphs(
+        markdown_table(["A step, against one of the segmentation and one of the GAN", "Time", "Memory", "1000"], rows),
+        "Goals: three levels at most 3x and 2x.",
+        measured_by(steps),
+    )
+
+
 def box_benchmarks() -> str:
     """Time and memory of the losses and of an epoch."""
     loss, epoch = load("benchmark_box_prior_loss.json"), load("benchmark_box_prior_epoch.json")
@@ -606,9 +668,15 @@ def all_tables() -> dict[str, dict[str, str]]:
     tables = {f"bundles/{name}/docs/README.md": page | {"training": training(name)} for name, page in pages.items()}
     for name in ("bilevel_augmentation", "saflex"):
         tables[f"bundles/{name}/docs/README.md"] = {"learned": learned(told=False)}
-    tables["docs/augmentation.md"] = {"study": learned(told=True), "more": learned_more()}
+    tables["bundles/e2e_augmentation/docs/README.md"] = {"end_to_end": end_to_end(told=False)}
+    tables["docs/augmentation.md"] = {
+        "study": learned(told=True),
+        "more": learned_more(),
+        "end_to_end": end_to_end(told=True),
+    }
     benchmarks = {"boundary": boundary_benchmarks(), "box_prior": box_benchmarks()}
     benchmarks |= {"constraints": constraint_benchmarks(), "learned": learned_benchmarks()}
+    benchmarks |= {"end_to_end": end_to_end_benchmarks()}
     return tables | {"docs/benchmarks.md": benchmarks}
 
 

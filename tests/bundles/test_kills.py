@@ -39,6 +39,10 @@ RUNS = {
     "size_constraint": (["train"], {}),
     "log_barrier": (["train"], {}),
     "log_barrier, Lagrangian": (["train", "baselines"], {"baseline": "augmented_lagrangian"}),
+    "e2e_augmentation": (
+        ["train"],
+        {"gan_def#generator#channels": [4, 6], "gan_def#generator#strides": [2, 2], "train#trainer#warm_up": 2},
+    ),
 }
 KILLS, KILLS_WHILE_WRITING = 20, 10
 

@@ -38,5 +38,5 @@ def test_the_losses_are_those_of_pix2pix():
 
 @pytest.mark.parametrize("make", [lambda: CharbonnierLoss(0.0), lambda: MaskToImageLoss(reconstruction_weight=-1)])
 def test_bad_input_is_refused(make):
-    with pytest.raises(ValueError, match="delta|reconstruction_weight"):
+    with pytest.raises(ValueError, match=r"delta|reconstruction_weight"):
         make()
