@@ -76,7 +76,9 @@ SHIPPED = {
     "boundary_loss": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
     "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
-    "e2e_augmentation": Row("e2e_augmentation_hippocampus.json", {"config_files": ["train.json"], "levels": 3, "seed": 0}),
+    "e2e_augmentation": Row(
+        "e2e_augmentation_hippocampus.json", {"config_files": ["train.json"], "levels": 3, "seed": 0}
+    ),
     "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
 }
 # Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
@@ -485,7 +487,9 @@ def end_to_end(*, told: bool) -> str:
             rows.append(cells)
         parts.append(markdown_table(header, rows))
     counts = ", ".join(f"{name} {count}" for name, count in content["iterations"].items())
-    text = f"`{content['command']}`, {content['date']}; iterations: {counts}. Mean and standard deviation over the seeds"
+    text = (
+        f"`{content['command']}`, {content['date']}; iterations: {counts}. Mean and standard deviation over the seeds"
+    )
     intervals = "; in brackets 95 % intervals of a paired bootstrap over the test cases"
     return paragraphs(*parts, text + (intervals if told else "") + ".")
 

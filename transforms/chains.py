@@ -76,7 +76,7 @@ def reading_transforms(
     modes = ["bilinear", *["nearest"] * len(labels)]
     chain: Chain = [
         LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels),
-        LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True),
+        *([LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True)] if labels else []),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
     ]
     if spatial_dims == 3:

@@ -54,7 +54,7 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
     "breast": FEW,
     "retina": FEW,
     "hippocampus_slices": FEW,
-    "hippocampus": {**FEW},
+    "hippocampus": {name: FEW[name] for name in ("combined", "levels 3")},
 }
 # set: (training images, validation images), seeds, iterations, base configs, options
 SETS: dict[str, tuple[tuple[int, int], int, int, list[str], str]] = {

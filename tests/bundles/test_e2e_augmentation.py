@@ -1,6 +1,9 @@
 """The bundle e2e_augmentation from end to end: pre-training, training, generated pairs, and the fixed augmentations."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +162,32 @@ def test_too_few_validation_images_are_named(
     with pytest.raises(Exception) as caught:
         run_bundle(bundle, datalist=datalist, output_dir=tmp_path / "run", **RUN)
     assert message in messages(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_and_one_generator(bundle, two_class_cohort, copy_cohort, tmp_path):
+    def more(folder, content):
+        content["validation"] += content["test"]
+
+    datalist = copy_cohort(two_class_cohort, tmp_path / "data", more)
+    (tmp_path / "tiny.json").write_text(json.dumps({k: v for k, v in TINY.items() if k != "device"}))
+    files = [
+        *(str(bundle / "configs" / f"{name}.json") for name in ("train", "multi_gpu_train")),
+        str(tmp_path / "tiny.json"),
+    ]
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
+    line += ["--config_file", str(files), "--bundle_root", str(bundle), "--datalist", str(datalist)]
+    line += [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--epochs",
+        "2",
+        "--val_interval",
+        "1",
+        "--train::trainer::warm_up",
+        "0",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert objects(tmp_path / "run")["network"] and (tmp_path / "run/generator.csv").exists()
