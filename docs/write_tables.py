@@ -77,7 +77,8 @@ SHIPPED = {
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
     "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
     "e2e_augmentation": Row(
-        "e2e_augmentation_hippocampus.json", {"config_files": ["train.json"], "levels": 3, "seed": 0}
+        "e2e_augmentation_hippocampus.json",
+        {"config_files": ["train.json"], "levels": 3, "augmentation": "combined", "seed": 0},
     ),
     "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
 }
