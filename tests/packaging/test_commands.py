@@ -489,8 +489,10 @@ def test_run_can_be_made(command, reader, tmp_path, monkeypatch):
     write_what_other_commands_write(options)
     options = options | small(configs, options, Path()) | {"output_dir": str(tmp_path / "run")}
     workflow = create_workflow(logging_file=False, **options)
-    engine = re.search(r"@([\w#:]+)\.run\(", str(workflow.parser["run"]))
-    assert workflow.parser.get_parsed_content(engine[1]) is not None
+    run = str(workflow.parser["run"])
+    engine = re.search(r"@([\w#:]+)\.run\(", run)
+    parts = [engine[1]] if engine else [*{*re.findall(r"@([\w#]+)", run)}]  # a stage without an engine
+    assert all(workflow.parser.get_parsed_content(part) is not None for part in parts)
 
 
 def write_what_other_commands_write(options):
