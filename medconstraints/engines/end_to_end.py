@@ -111,6 +111,7 @@ class EndToEndTrainer(GuidedTrainer):
         self.gan.train()
         iteration = self.state.iteration
         learns = self.levels > 0 and iteration > self.warm_up and iteration % self.interval == 0
+        learns = learns and self.optimizer.param_groups[0]["lr"] > 0  # a step of no length tells nothing
         third = learns and self.levels == 3
         mask, new_mask = one_hot(label, self.num_classes), one_hot(self._augmented_label(), self.num_classes)
 
