@@ -92,6 +92,7 @@ def training_handlers(
     val_interval: int = 1,
     monitors: _Monitors = (),
     objects: Mapping[str, Stateful] | None = None,
+    save_latest: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> HandlerList:
     """Handlers of a trainer, in an order in which they work together.
@@ -114,6 +115,8 @@ def training_handlers(
             `DualPassHandler`; None leaves one out, as an overlay may. Or a list of them. The state of a `Stateful` one
             is kept for a resumed run. A `ConstraintMetricsHandler` among them stands in for the one above.
         objects: name -> further object whose state is kept, see `ResumeHandler`.
+        save_latest: write `model.pt` when nothing is validated; False for a trainer that knows better which weights
+            are worth keeping.
         settings: what must not change when the run is resumed, see `ResumeHandler`.
 
     Raises:
@@ -132,7 +135,7 @@ def training_handlers(
         handlers.append(_Validation(val_interval, evaluator, plateau))
     elif plateau is not None:
         raise ValueError("lr_scheduler: follows the key metric, but the evaluator has no data; take another schedule.")
-    else:
+    elif save_latest:
         handlers.append(SaveLatestHandler(f"{output_dir}/model.pt"))
     handlers += _logs(output_dir)
     states: dict[str, Any] = {name: monitor for name, monitor in named.items() if isinstance(monitor, Stateful)}
