@@ -7,15 +7,18 @@ here it does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from medconstraints import checks
 
-__all__ = ["Cycle", "Lookahead", "paired_bootstrap"]
+__all__ = ["Cycle", "Lookahead", "LookaheadModels", "paired_bootstrap"]
 
+_KEPT = ("running", "weights", "scores", "rows", "norms", "accuracy")
 LEAST_MARGIN = 1e-3  # of a peak, where the bootstrap's error is smaller: the paper's 0.1 % mIoU
 
 
@@ -145,6 +148,53 @@ class Lookahead:
         for name, value in state.items():
             if name not in given:
                 setattr(self, name, list(value) if name == "buffer" else value)
+
+
+class LookaheadModels:
+    """What a search keeps besides its counters: weights by name, scores of cases, and a row for each evaluation.
+
+    The discriminator learns from label maps of the models in the buffer. Their weights are kept here, and the maps are
+    made when a batch needs them: that takes `buffer_size` times the weights, whatever the data.
+
+    Args:
+        searches: name -> search; None leaves one out.
+
+    Attributes:
+        running: name of the search that runs, None when all are done.
+        weights: search -> model -> state of network and optimizer.
+        scores: search -> model -> part -> score of each case.
+        rows: evaluations so far, for `cycles.csv`.
+        norms: mean lengths of the adversary's updates, one for each parameter.
+        accuracy: of the discriminator at the end of its last training.
+    """
+
+    def __init__(self, searches: Mapping[str, Lookahead | None]) -> None:
+        self.searches = {name: search for name, search in searches.items() if search is not None}
+        self.running: str | None = next(iter(self.searches))
+        self.weights: dict[str, dict[str, Any]] = {name: {} for name in self.searches}
+        self.scores: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in self.searches}
+        self.rows: list[dict[str, Any]] = []
+        self.norms: list[float] = []
+        self.accuracy: float | None = None
+
+    def best(self, search: str) -> dict[str, Tensor]:
+        """Weights of the network that the search came to: its start, the first one if nothing was accepted."""
+        found: dict[str, Tensor] = self.weights[search][self.searches[search].start]["network"]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, of types that `torch.load(weights_only=True)` reads."""
+        return {
+            "searches": {name: search.state_dict() for name, search in self.searches.items()},
+            **{name: getattr(self, name) for name in _KEPT},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, search in self.searches.items():
+            search.load_state_dict(state["searches"][name])
+        for name in _KEPT:
+            setattr(self, name, state[name])
 
 
 def paired_bootstrap(differences: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from medconstraints.engines.classification import ClassificationEvaluator
 from medconstraints.engines.end_to_end import EndToEndTrainer
 from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
-from medconstraints.engines.lookahead import LookaheadModels, LookaheadTrainer
+from medconstraints.engines.lookahead import LookaheadTrainer
 from medconstraints.engines.mask_to_image import MaskToImageTrainer
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.engines.saflex import SaflexTrainer
@@ -17,7 +17,6 @@ __all__ = [
     "ClassificationEvaluator",
     "EndToEndTrainer",
     "GuidedTrainer",
-    "LookaheadModels",
     "LookaheadTrainer",
     "MaskToImageTrainer",
     "PrepareBatchTargets",

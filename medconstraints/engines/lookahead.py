@@ -24,60 +24,15 @@ from medconstraints.data.guide_split import EpochSampler
 from medconstraints.data.missing import MissingData
 from medconstraints.engines.guided import one_hot
 from medconstraints.engines.training import TargetTrainer
-from medconstraints.lookahead import Lookahead, paired_bootstrap
+from medconstraints.lookahead import Lookahead, LookaheadModels, paired_bootstrap
 
-__all__ = ["LookaheadModels", "LookaheadTrainer", "case_scores"]
+__all__ = ["LookaheadTrainer", "case_scores"]
 
 logger = logging.getLogger(__name__)
 
 METRIC = "val_mean_iou"
 WINDOW = 20  # batches over which the discriminator's accuracy is averaged
-_KEPT = ("running", "weights", "scores", "rows", "norms", "accuracy")
 LEAST_CASES = 5  # of a part whose scores are drawn again
-
-
-class LookaheadModels:
-    """What a search keeps besides its counters: weights by name, scores of cases, and a row for each evaluation.
-
-    The discriminator learns from label maps of the models in the buffer. Their weights are kept here, and the maps are
-    made when a batch needs them: that takes `buffer_size` times the weights, whatever the data.
-
-    Attributes:
-        running: name of the search that runs, None when all are done.
-        weights: search -> model -> state of network and optimizer.
-        scores: search -> model -> part -> score of each case.
-        rows: evaluations so far, for `cycles.csv`.
-        norms: mean lengths of the adversary's updates, one for each parameter.
-        accuracy: of the discriminator at the end of its last training.
-    """
-
-    def __init__(self, searches: Mapping[str, Lookahead]) -> None:
-        self.searches = dict(searches)
-        self.running: str | None = next(iter(self.searches))
-        self.weights: dict[str, dict[str, Any]] = {name: {} for name in self.searches}
-        self.scores: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in self.searches}
-        self.rows: list[dict[str, Any]] = []
-        self.norms: list[float] = []
-        self.accuracy: float | None = None
-
-    def best(self, search: str) -> dict[str, Tensor]:
-        """Weights of the network that the search came to: its start, the first one if nothing was accepted."""
-        found: dict[str, Tensor] = self.weights[search][self.searches[search].start]["network"]
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, of types that `torch.load(weights_only=True)` reads."""
-        return {
-            "searches": {name: search.state_dict() for name, search in self.searches.items()},
-            **{name: getattr(self, name) for name in _KEPT},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        for name, search in self.searches.items():
-            search.load_state_dict(state["searches"][name])
-        for name in _KEPT:
-            setattr(self, name, state[name])
 
 
 class LookaheadTrainer(TargetTrainer):

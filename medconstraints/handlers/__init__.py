@@ -5,6 +5,7 @@ from medconstraints.handlers.constraints import ConstraintMetricsHandler
 from medconstraints.handlers.dual_pass import DualPassHandler
 from medconstraints.handlers.end_to_end_report import EndToEndReportHandler
 from medconstraints.handlers.lists import HandlerList, training_handlers, validation_handlers
+from medconstraints.handlers.lookahead_report import LookaheadReportHandler
 from medconstraints.handlers.loss_weights import LossWeightHandler
 from medconstraints.handlers.monitors import (
     LossTermsHandler,
@@ -28,6 +29,7 @@ __all__ = [
     "EndToEndReportHandler",
     "EpochSeedHandler",
     "HandlerList",
+    "LookaheadReportHandler",
     "LossTermsHandler",
     "LossWeightHandler",
     "RequireFiniteLossHandler",

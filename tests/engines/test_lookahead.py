@@ -11,10 +11,12 @@ from monai.handlers import MeanIoUHandler, from_engine
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
-from medconstraints.engines import LookaheadModels, LookaheadTrainer, ValidationEvaluator
+from medconstraints.engines import LookaheadTrainer, ValidationEvaluator
 from medconstraints.handlers import training_handlers
-from medconstraints.lookahead import Lookahead
+from medconstraints.lookahead import Lookahead, LookaheadModels
 from medconstraints.networks import ClassSplitDiscriminator
+import itertools
+import contextlib
 
 
 def make_items(count, seed):
@@ -41,9 +43,7 @@ def make_network():
     torch.manual_seed(0)
     widths = [1, 12, 12, 12]
     layers = [
-        layer
-        for one, two in zip(widths, widths[1:], strict=False)
-        for layer in (nn.Conv2d(one, two, 5, padding=2), nn.SiLU())
+        layer for one, two in itertools.pairwise(widths) for layer in (nn.Conv2d(one, two, 5, padding=2), nn.SiLU())
     ]
     return nn.Sequential(*layers, nn.Conv2d(12, 3, 1))
 
@@ -225,10 +225,8 @@ def test_a_killed_search_goes_on_with_the_same_numbers(make_trainer, tmp_path, s
                     raise InterruptedError
 
             trainer.add_event_handler(Events.EPOCH_STARTED, kill)
-        try:
+        with contextlib.suppress(InterruptedError):
             trainer.run()
-        except InterruptedError:
-            pass
         return trainer
 
     whole = run(tmp_path / "whole")
