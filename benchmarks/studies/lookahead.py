@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[list[str], str]] = {
 START = "start"
 # set: base configs, options of all, epochs of the start, evaluations, seeds
 SETS: dict[str, tuple[list[str], str, int, int, int]] = {
-    "acdc": (["train", "images"], "--patch_size [96,96]", 16, 100, 3),
+    "acdc": (["train", "images"], "--patch_size [96,96]", 40, 100, 3),
     "hippocampus": (["train"], "", 12, 40, 1),
 }
 SLICES, SIDE, CROP = 4, 96, 160
@@ -168,7 +168,11 @@ def main() -> None:
         write_data(args.data, Path("lists"))
         starts = [(dataset, START, seed) for dataset in args.sets for seed in range(SETS[dataset][4])]
         planned = [
-            (dataset, row, seed) for seed in range(3) for dataset in args.sets for row in ROWS if seed < SETS[dataset][4]
+            (dataset, row, seed)
+            for seed in range(3)
+            for dataset in args.sets
+            for row in ROWS
+            if seed < SETS[dataset][4]
         ]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda one: run_one(*one), starts))

@@ -106,8 +106,10 @@ class LookaheadReportHandler:
 
 def difference(after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     """Mean difference of the cases, (N, K) each, with its interval; and that of each class."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinite distances
         gaps = after - before
+    gaps = np.where(np.isfinite(gaps), gaps, np.nan)
+    gaps = gaps[np.isfinite(gaps).any(1)]  # a case without any of the classes says nothing
     rows = {"all": np.nanmean(gaps, 1), **{str(number + 1): column for number, column in enumerate(gaps.T)}}
     found = {}
     for name, values in rows.items():

@@ -1,4 +1,4 @@
-"""The bundle lookahead_adversarial from end to end: a start, the search and its control, and what it is compared with."""
+"""The bundle lookahead_adversarial from end to end: a start, the search and its control, and its rivals."""
 
 import json
 

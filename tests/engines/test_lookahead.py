@@ -1,6 +1,8 @@
 """LookaheadTrainer: cycles on a toy, what is frozen, what comes back, and what a kill leaves."""
 
+import contextlib
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -15,8 +17,6 @@ from medconstraints.engines import LookaheadTrainer, ValidationEvaluator
 from medconstraints.handlers import training_handlers
 from medconstraints.lookahead import Lookahead, LookaheadModels
 from medconstraints.networks import ClassSplitDiscriminator
-import itertools
-import contextlib
 
 
 def make_items(count, seed):
@@ -78,7 +78,7 @@ def make_trainer(trained):
     def make(*, noise=False, search=None, lr=1e-3, discriminator=None, holdout=None, confirm=None, **options):
         torch.manual_seed(3)
         network = copy.deepcopy(trained)
-        judge = discriminator or ClassSplitDiscriminator(PatchDiscriminator(2, 8, 3, num_layers_d=1, norm="instance"))
+        judge = discriminator or ClassSplitDiscriminator(PatchDiscriminator(2, 8, 6, num_layers_d=1, norm="instance"))
         bounds = {"beta_lower": 0.02, "beta_upper": 0.002, "patience": 3, "max_cycles": 2, **(search or {})}
         names = ["adversary", "noise"] if noise else ["adversary"]
         models = LookaheadModels({name: Lookahead(**bounds) for name in names})
@@ -108,7 +108,7 @@ def same(one, two):
 
 
 def test_without_an_accepted_peak_the_start_comes_back_bit_by_bit(make_trainer, trained):
-    trainer = make_trainer(search={"beta_upper": 0.9})
+    trainer = make_trainer(search={"beta_upper": 0.9, "beta_lower": 0.9})
     trainer.run()
     search = trainer.models.searches["adversary"]
     assert search.start == "g0" and search.finished and trainer.models.running is None
@@ -121,7 +121,7 @@ def test_without_an_accepted_peak_the_start_comes_back_bit_by_bit(make_trainer, 
 
 def test_the_discriminator_is_frozen_within_a_cycle_and_learns_between(make_trainer):
     seen = []
-    trainer = make_trainer(search={"beta_upper": 0.9})
+    trainer = make_trainer(search={"beta_upper": 0.9, "beta_lower": 0.9})
 
     def look(engine):
         weights = torch.cat([value.flatten() for value in trainer.discriminator.state_dict().values()])
@@ -260,7 +260,7 @@ def test_the_papers_maps_and_the_hybrid_loss(make_trainer, options):
 
 
 def test_spectral_normalisation_bounds_the_weights():
-    judge = ClassSplitDiscriminator(PatchDiscriminator(2, 4, 3, num_layers_d=1), spectral=True)
+    judge = ClassSplitDiscriminator(PatchDiscriminator(2, 4, 6, num_layers_d=1), spectral=True)
     for _ in range(20):
         judge(torch.randn(2, 1, 16, 16), torch.rand(2, 3, 16, 16))
     for module in judge.modules():

@@ -32,7 +32,7 @@ def test_the_verdict(after, control, peaks, words):
 
 def test_differences_are_of_pairs_and_leave_out_what_is_not_there():
     before = np.array([[0.5, np.nan], [0.6, 0.4], [0.7, 0.5], [np.nan, np.nan]])
-    found = difference(before + [[0.1, 0.2]], before)
+    found = difference(before + np.array([[0.1, 0.2]]), before)
     assert found["1"]["mean"] == pytest.approx(0.1) and found["1"]["cases"] == 3
     assert found["2"]["mean"] == pytest.approx(0.2) and found["2"]["cases"] == 2
     assert found["all"]["mean"] == pytest.approx((0.1 + 0.15 + 0.15) / 3)
