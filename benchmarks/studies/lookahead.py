@@ -166,17 +166,12 @@ def main() -> None:
         Path(folder).mkdir(exist_ok=True)
     if not args.collect:
         write_data(args.data, Path("lists"))
-        starts = [(dataset, START, seed) for dataset in args.sets for seed in range(SETS[dataset][4])]
-        planned = [
-            (dataset, row, seed)
-            for seed in range(3)
-            for dataset in args.sets
-            for row in ROWS
-            if seed < SETS[dataset][4]
-        ]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda one: run_one(*one), starts))
-            list(pool.map(lambda one: run_one(*one), planned))
+        for seed in range(max(seeds for *_, seeds in SETS.values())):
+            sets = [dataset for dataset in args.sets if seed < SETS[dataset][4]]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda dataset, at=seed: run_one(dataset, START, at), sets))
+                rows = [(dataset, row) for dataset in sets for row in ROWS]
+                list(pool.map(lambda one, at=seed: run_one(*one, at), rows))
     args.output.write_text(json.dumps(collect(), indent=1) + "\n")
     sys.stdout.write(f"written to {args.output}\n")
 
