@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -109,6 +110,10 @@ class LookaheadTrainer(TargetTrainer):
         if [*models.searches] not in (["adversary"], ["adversary", "noise"]):
             raise ValueError(
                 f"models: expected the searches adversary, or adversary and noise, got {[*models.searches]}."
+            )
+        if idist.get_world_size() > 1:
+            raise ValueError(
+                "LookaheadTrainer: expected one process, its cycles are not divided; start it without torchrun."
             )
         if alternating and len(models.searches) > 1:
             raise ValueError("alternating: has no cycles and no control; give models the search adversary alone.")
