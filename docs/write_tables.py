@@ -87,6 +87,7 @@ SHIPPED = {
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
     "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
     "e2e_augmentation": VOLUMES["The same and generated pairs, levels 3 (shipped weights)"],
+    "lookahead_adversarial": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
 }
 # Published Dice on the thesis's own validation sets: table 2.1 (left ventricle) and table 3.1 (discs).
@@ -502,6 +503,40 @@ def end_to_end(*, told: bool) -> str:
     return paragraphs(*parts, text + (intervals if told else "") + ".")
 
 
+LOOKAHEAD = {"acdc": "Heart, slices", "hippocampus": "Hippocampus, volumes"}
+
+
+def lookahead() -> str:
+    """Change of mean IoU and HD95 on the reported part, of each run."""
+    content, parts = load("lookahead.json"), []
+    for name, title in LOOKAHEAD.items():
+        rows = []
+        for label, runs in content["results"].get(name, {}).items():
+            for run in runs:
+                gaps = {key: run["differences"].get(key, {}).get("val_mean_iou") for key in ("after", "control")}
+                cells = []
+                for found in gaps.values():
+                    ends = "" if found is None else ", ".join(map(signed, found["all"]["interval"]))
+                    cells.append("-" if found is None else f"{signed(found['all']['mean'])} [{ends}]")
+                scores = run["scores"]
+                hd95 = [f"{scores[when]['val_hd95_voxels']['mean']:.1f}" for when in ("before", "after")]
+                before = f"{scores['before']['val_mean_iou']['mean']:.3f}"
+                peaks = "-" if "alternating" in label else str(run["accepted_peaks"]["adversary"])
+                rows.append([label, str(run["seed"]), before, *cells, " -> ".join(hd95), peaks])
+        if rows:
+            cases = next(iter(content["results"][name].values()))[0]["cases"]
+            header = [
+                f"{title}, {cases} cases",
+                "Seed",
+                "Start",
+                "Change of mean IoU",
+                "of the control",
+                "HD95 (voxels)",
+            ]
+            parts.append(markdown_table([*header, "Accepted peaks"], rows))
+    return paragraphs(*parts, f"`{content['command']}`, {content['date']}.")
+
+
 # Benchmarks
 
 
@@ -684,6 +719,7 @@ def all_tables() -> dict[str, dict[str, str]]:
         "end_to_end": end_to_end(told=False),
         "volumes": scores(VOLUMES),
     }
+    tables["bundles/lookahead_adversarial/docs/README.md"] = {"lookahead": lookahead()}
     tables["docs/augmentation.md"] = {
         "study": learned(told=True),
         "more": learned_more(),
