@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,8 @@ class LookaheadTrainer(TargetTrainer):
         options: the other arguments of `TargetTrainer`.
 
     Raises:
-        ValueError: an evaluator with fewer than five cases, or without one of the classes; searches of other names.
+        ValueError: an evaluator with fewer than five cases, or without one of the classes; a patient in two parts; searches
+            of other names.
     """
 
     def __init__(
@@ -140,6 +142,8 @@ class LookaheadTrainer(TargetTrainer):
         self.dataset, self.batch_size, self.seed = dataset, checks.whole_number("batch_size", batch_size, 1), seed
         missing = isinstance(getattr(dataset, "data", dataset), MissingData)
         loader = DataLoader(dataset, batch_size=batch_size) if missing else self._loader(eval_every)
+        if not missing:
+            _check_disjoint(training=dataset, holdout=_dataset(evaluator), confirm=_dataset(confirm_evaluator))
         super().__init__(
             network=network,
             optimizer=optimizer,
@@ -390,6 +394,26 @@ def case_scores(evaluator: Evaluator, part: str) -> list[float]:
         )
     values = details.nanmean(1)
     return values[~values.isnan()].tolist()
+
+
+def _dataset(evaluator: Evaluator) -> Any:
+    return getattr(evaluator.data_loader, "dataset", ())
+
+
+def _check_disjoint(**parts: Any) -> None:
+    """Refuse parts that share a patient, or where none is named an image."""
+    names: dict[str, set[str]] = {}
+    for part, dataset in parts.items():
+        items = getattr(dataset, "data", dataset)
+        given = [] if isinstance(items, MissingData) else [item for item in items if isinstance(item, Mapping)]
+        keys = [next((item[key] for key in ("patient", "case", "image") if key in item), None) for item in given]
+        names[part] = {str(key) for key in keys if isinstance(key, str | int | list)}
+    for one, two in itertools.combinations(names, 2):
+        if shared := sorted(names[one] & names[two]):
+            raise ValueError(
+                f"{two}: expected patients that are not in {one} too, got {len(shared)} of both, such as {shared[0]}; "
+                "a part that steers or confirms must not know them."
+            )
 
 
 def _running_mean(mean: Sequence[float], values: Sequence[float], share: float = 0.05) -> list[float]:

@@ -275,8 +275,10 @@ ABSENT = [{**item, "label": item["label"].clamp(max=1)} for item in make_items(8
     ("options", "message"),
     [
         ({"holdout": make_items(3, 1)}, "holdout: expected at least 5 cases"),
-        ({"confirm": make_items(3, 1)}, "confirm: expected at least 5 cases"),
+        ({"confirm": make_items(3, 2)}, "confirm: expected at least 5 cases"),
         ({"holdout": ABSENT}, r"holdout: expected .* each class in one of them, .* none with class \[2\]"),
+        ({"confirm": make_items(8, 1)}, "confirm: expected patients that are not in holdout too, got 8 of both"),
+        ({"holdout": make_items(8, 0)}, "holdout: expected patients that are not in training too, got 8 of both"),
         ({"adversarial_weight": 0.0}, "adversarial_weight, loss_weight: expected one above 0"),
         ({"alternating": True, "noise": True}, "alternating: has no cycles and no control"),
         ({"search": {"buffer_size": 0}}, "buffer_size"),
