@@ -78,8 +78,8 @@ class LookaheadTrainer(TargetTrainer):
         options: the other arguments of `TargetTrainer`.
 
     Raises:
-        ValueError: an evaluator with fewer than five cases, or without one of the classes; a patient in two parts; searches
-            of other names.
+        ValueError: an evaluator with fewer than five cases, or without one of the classes; a patient in two parts;
+            searches of other names.
     """
 
     def __init__(
