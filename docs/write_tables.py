@@ -666,6 +666,20 @@ def end_to_end_benchmarks() -> str:
     )
 
 
+def lookahead_benchmarks() -> str:
+    """An adversarial update, against a supervised step."""
+    steps = load("benchmark_lookahead_step.json")
+    rows = [
+        [f"{shape_of(row)}, batch {row['batch']}", times(row["ratio"]), times(row["memory_ratio"])]
+        for row in steps["rows"]
+    ]
+    return paragraphs(
+        markdown_table(["An adversarial update, against a supervised step", "Time", "Memory"], rows),
+        "Goals: at most 2.5x and 2x.",
+        measured_by(steps),
+    )
+
+
 def box_benchmarks() -> str:
     """Time and memory of the losses and of an epoch."""
     loss, epoch = load("benchmark_box_prior_loss.json"), load("benchmark_box_prior_epoch.json")
@@ -727,7 +741,7 @@ def all_tables() -> dict[str, dict[str, str]]:
     }
     benchmarks = {"boundary": boundary_benchmarks(), "box_prior": box_benchmarks()}
     benchmarks |= {"constraints": constraint_benchmarks(), "learned": learned_benchmarks()}
-    benchmarks |= {"end_to_end": end_to_end_benchmarks()}
+    benchmarks |= {"end_to_end": end_to_end_benchmarks(), "lookahead": lookahead_benchmarks()}
     return tables | {"docs/benchmarks.md": benchmarks}
 
 
