@@ -37,7 +37,7 @@ START, SHIPPED = "start", {"hippocampus": "bundles/boundary_loss/models/model.pt
 # set: base configs, options of all, epochs of the start, evaluations, seeds
 SETS: dict[str, tuple[list[str], str, int, int, int]] = {
     "acdc": (["train", "images"], "--patch_size [96,96]", 40, 100, 3),
-    "hippocampus": (["train"], "", 0, 40, 1),
+    "hippocampus": (["train"], "", 0, 24, 1),
 }
 SLICES, SIDE, CROP = 4, 96, 160
 
