@@ -21,6 +21,7 @@ from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, 
 from medconstraints.transforms.collate import pad_boxes_collate
 from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
+from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
@@ -35,6 +36,7 @@ __all__ = [
     "BoxesToGridd",
     "CheckVolumesd",
     "DecodeDistanceMapd",
+    "DenseCRFd",
     "Erosion",
     "ItemToBoundsd",
     "LabelToBoundsd",

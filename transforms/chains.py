@@ -28,6 +28,7 @@ from medconstraints.statistics import soft_size
 from medconstraints.transforms.bounds import LEVELS, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
+from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.save_mask import SaveMaskd
@@ -232,6 +233,7 @@ def mask_transforms(
     output_dir: str | Path,
     postfix: str = "seg",
     class_values: Sequence[int] | None = None,
+    dense_crf: bool = False,
 ) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
 
@@ -241,12 +243,14 @@ def mask_transforms(
         postfix: see `output_dir`.
         class_values: value of each class in the mask, such as [0, 3] for a network of one organ whose number is 3 in
             the labels of the data set; None writes 0, 1, 2, ...
+        dense_crf: let the probabilities follow the image, see `DenseCRFd`.
     """
     renumber = []
     if class_values is not None:
         renumber = [MapLabelValued("pred", orig_labels=range(len(class_values)), target_labels=class_values)]
     return [
         Activationsd("pred", softmax=True),
+        *([DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
         # Probabilities, not classes, go through the inverse resampling: linear interpolation of a mask is ragged.
         Invertd("pred", transform=preprocessing, orig_keys="image", nearest_interp=False, to_tensor=True),
         AsDiscreted("pred", argmax=True),

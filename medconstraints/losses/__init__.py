@@ -5,6 +5,7 @@ from medconstraints.losses.boundary import BoundaryLoss
 from medconstraints.losses.box_prior import BoxPriorLoss
 from medconstraints.losses.combined import CombinedLoss
 from medconstraints.losses.constraint import ConstraintLoss
+from medconstraints.losses.dense_crf import DenseCRFLoss
 from medconstraints.losses.distance_weighted import DistanceWeightedCrossEntropyLoss
 from medconstraints.losses.generalized_dice import GeneralizedDiceLoss
 from medconstraints.losses.hausdorff import HausdorffLoss
@@ -19,6 +20,7 @@ __all__ = [
     "CombinedLoss",
     "ConstrainedLoss",
     "ConstraintLoss",
+    "DenseCRFLoss",
     "DistanceWeightedCrossEntropyLoss",
     "GeneralizedDiceLoss",
     "HausdorffLoss",
