@@ -601,6 +601,29 @@ def test_full_supervision(bundle, run_bundle, three_organs, two_class_cohort, tm
     assert not (tmp_path / "constraints.csv").exists()
 
 
+# The dense CRF
+
+
+def test_the_energy_of_a_dense_crf_beside_the_others(bundle, run_bundle, two_class_cohort, tmp_path):
+    options = {"dataset_dir": two_class_cohort.parent, "output_dir": tmp_path, **TRAIN}
+    workflow = run_bundle(bundle, ["train", "crf"], **options)
+    loss = workflow.trainer.loss_function
+    assert [*loss.losses] == ["partial_ce", "size", "crf"] and loss.weights["crf"] == 0.1
+    assert 0 < loss.losses["crf"](torch.randn(1, 3, 8, 8, 8), torch.rand(1, 1, 8, 8, 8)) < 1
+
+
+def test_masks_that_follow_the_image(bundle, run_bundle, two_class_cohort, tmp_path):
+    """By one value of inference.json; a network that is not trained leaves much to mend."""
+    masks = []
+    for dense_crf in (False, True):
+        folder = tmp_path / str(dense_crf)
+        options = {"dataset_dir": two_class_cohort, "output_dir": folder, "dense_crf": dense_crf}
+        run_bundle(bundle, "inference", device="$torch.device('cpu')", patch_size=[24, 24, 16], **options)
+        masks.append([nib.load(path).get_fdata() for path in sorted(folder.glob("*.nii.gz"))])
+    assert len(masks[0]) == len(masks[1]) == 2
+    assert all((one != other).any() for one, other in zip(*masks, strict=True))
+
+
 # Masks of one organ
 
 
