@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from medconstraints import checks
 
-__all__ = ["AlphaSchedule", "cosine_decay"]
+__all__ = ["AlphaSchedule", "cosine_decay", "gaussian_ramp"]
 
 _ALPHA_SCHEDULES = ("alone", "constant", "increase", "none", "rebalance")
 
@@ -31,6 +31,26 @@ def cosine_decay(step: int, total: int) -> float:
     """
     checks.number("total", total, least=1)
     return 0.5 * (1 + math.cos(math.pi * min(checks.number("step", step, least=0), total) / total))
+
+
+def gaussian_ramp(step: int, total: int) -> float:
+    """From 0.0067 at step 0 to 1 at `total`, exp(-5 (1 - step / total)^2): the weight of a teacher.
+
+    Source: Laine and Aila 2017, "Temporal ensembling for semi-supervised learning", section 2.
+
+    Args:
+        step: epochs done, >= 0.
+        total: length of the ramp, >= 1.
+
+    Raises:
+        ValueError: `total` is below 1 or `step` negative.
+
+    Example:
+        >>> [round(gaussian_ramp(step, 4), 3) for step in (0, 2, 4, 5)]
+        [0.007, 0.287, 1.0, 1.0]
+    """
+    checks.number("total", total, least=1)
+    return math.exp(-5 * (1 - min(checks.number("step", step, least=0), total) / total) ** 2)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
+from medconstraints.transforms.semi_supervised import (
+    HybridLabeld,
+    PredictedBoundsd,
+    semi_supervised_transforms,
+    statistic_transforms,
+)
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
 
@@ -38,6 +44,7 @@ __all__ = [
     "DecodeDistanceMapd",
     "DenseCRFd",
     "Erosion",
+    "HybridLabeld",
     "ItemToBoundsd",
     "LabelToBoundsd",
     "LabelToBoxesd",
@@ -45,6 +52,7 @@ __all__ = [
     "LoadBoxesd",
     "LoadVolumed",
     "Points",
+    "PredictedBoundsd",
     "RandAugmentd",
     "RandCropToBoxd",
     "SaveMaskd",
@@ -70,6 +78,8 @@ __all__ = [
     "reading_transforms",
     "save_common_bounds",
     "save_mask",
+    "semi_supervised_transforms",
+    "statistic_transforms",
     "upstream_mixing",
     "upstream_transforms",
     "weak_label_transforms",

@@ -27,7 +27,7 @@ from medconstraints.statistics import (
 )
 from medconstraints.transforms.common_bounds import load_common_bounds
 
-__all__ = ["LabelToBoundsd", "free_bounds", "label_to_bounds", "presence_bounds"]
+__all__ = ["LabelToBoundsd", "free_bounds", "is_never_negative", "label_to_bounds", "presence_bounds"]
 
 LEVELS = ("individual", "tags", "none")
 UNITS = ("voxel", "mm")
@@ -87,7 +87,7 @@ def label_to_bounds(
     step, share = margins.values()
     sides = np.stack([values * (1 - share), values * (1 + share)])  # a negative value turns them round
     lower, upper = sides.min(0) - step, sides.max(0) + step
-    if _function(statistic) in _NEVER_NEGATIVE:
+    if is_never_negative(statistic):
         lower = np.maximum(lower, 0)
     return _bounds(lower, upper, known, statistic)
 
@@ -125,6 +125,12 @@ def presence_bounds(
 def free_bounds(rows: int, components: int) -> Tensor:
     """Bounds (rows, components, 2) that bound nothing."""
     return torch.tensor([-math.inf, math.inf]).repeat(rows, components, 1)
+
+
+def is_never_negative(statistic: Statistic, *, size: bool = False) -> bool:
+    """Whether a statistic has no values below 0, or, with `size`, whether it is the size."""
+    function = _function(statistic)
+    return function is soft_size if size else function in _NEVER_NEGATIVE
 
 
 class LabelToBoundsd(MapTransform):

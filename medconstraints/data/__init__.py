@@ -1,7 +1,7 @@
 """Data sets: manifests of public data, datalists, slices, folders that runs write to."""
 
 from medconstraints.data.class_items import class_items
-from medconstraints.data.cohort import CohortDataset, cohort_items, in_order, inference_items
+from medconstraints.data.cohort import CohortDataset, ItemDataset, cohort_items, in_order, inference_items
 from medconstraints.data.datalist_sections import number_items, read_datalist, read_labelled
 from medconstraints.data.guide_split import EpochSampler, GuideSplit
 from medconstraints.data.inference_files import volumes_for_inference
@@ -16,13 +16,16 @@ from medconstraints.data.run_settings import (
     start_run,
     write_settings,
 )
+from medconstraints.data.semi_supervised import PairedDataset, semi_supervised_items
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
 
 __all__ = [
     "CohortDataset",
     "EpochSampler",
     "GuideSplit",
+    "ItemDataset",
     "MissingData",
+    "PairedDataset",
     "SliceDataset",
     "VolumeBatchSampler",
     "check_dataset",
@@ -41,6 +44,7 @@ __all__ = [
     "read_labelled",
     "read_settings",
     "run_settings",
+    "semi_supervised_items",
     "start_inference",
     "start_run",
     "volumes_for_inference",

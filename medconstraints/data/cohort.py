@@ -18,6 +18,7 @@ from medconstraints.data.missing import MissingData
 
 __all__ = [
     "CohortDataset",
+    "ItemDataset",
     "MissingData",
     "TransformSteps",
     "cohort_items",
@@ -80,45 +81,35 @@ def in_order(steps: TransformSteps | None) -> list[Callable[..., Any]]:
     return list(steps) if isinstance(steps, Sequence) else [steps]
 
 
-class CohortDataset(CacheDataset):
-    """Cached data set of a datalist's section.
+class ItemDataset(CacheDataset):
+    """Cached data set of items, which tells of an entry that lacks what the transforms read.
 
     Args:
-        datalist: see `cohort_items`, as for the next three.
-        section: see there.
-        transform: named steps, see `in_order`; the deterministic transforms at the beginning are cached.
-        labelled: see there.
-        fully_labelled: see there.
-        num_classes: of a classification, whose entries name a class, see `class_items`; None for segmentation.
+        items: such as `cohort_items` gives them; may be `MissingData`.
+        volume_transform: named steps, see `in_order`; the deterministic transforms at the beginning are cached.
+        transform: further steps after these, as `SliceDataset` has them for its slices.
         cache_rate: share of the cases that is kept in memory.
         num_workers: threads that fill the cache.
 
     Raises:
         FileNotFoundError: at the first look at an item, when there is no datalist.
-        ValueError: the datalist cannot be used, an entry lacks a key that the transforms read, or `cache_rate` is no
-            share.
+        ValueError: an entry lacks a key that the transforms read, or `cache_rate` is no share.
     """
 
     def __init__(
         self,
-        datalist: str | PathLike[str],
-        section: str,
-        transform: TransformSteps,
+        items: Sequence[dict[str, Any]],
+        volume_transform: TransformSteps | None,
+        transform: TransformSteps | None = None,
         *,
-        labelled: bool = False,
-        fully_labelled: int = 0,
-        num_classes: int | None = None,
         cache_rate: float = 1.0,
         num_workers: int = 2,
     ) -> None:
         if not 0 <= checks.number("cache_rate", cache_rate) <= 1:
             raise ValueError(f"cache_rate: expected a share of the cases, 0 to 1, got {cache_rate!r}.")
-        if num_classes is None:
-            items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
-        else:
-            items = class_items(datalist, section, num_classes=num_classes)
         there = not isinstance(items, MissingData)
-        super().__init__(items, in_order(transform), cache_rate=cache_rate if there else 0.0, num_workers=num_workers)
+        steps = in_order(volume_transform) + in_order(transform)
+        super().__init__(items, steps, cache_rate=cache_rate if there else 0.0, num_workers=num_workers)
 
     def _fill_cache(self, indices: Any = None) -> list[Any]:
         self._failed: Exception | None = None
@@ -143,6 +134,43 @@ class CohortDataset(CacheDataset):
             if (missing := missing_entry(error, self.data[index])) is None:
                 raise
             raise missing from None
+
+
+class CohortDataset(ItemDataset):
+    """Cached data set of a datalist's section.
+
+    Args:
+        datalist: see `cohort_items`, as for the next three.
+        section: see there.
+        transform: `volume_transform` of `ItemDataset`, which has `cache_rate` and `num_workers` too.
+        labelled: see `cohort_items`.
+        fully_labelled: see there.
+        num_classes: of a classification, whose entries name a class, see `class_items`; None for segmentation.
+        cache_rate: see `transform`.
+        num_workers: see `transform`.
+
+    Raises:
+        FileNotFoundError: at the first look at an item, when there is no datalist.
+        ValueError: the datalist cannot be used; or see `ItemDataset`.
+    """
+
+    def __init__(
+        self,
+        datalist: str | PathLike[str],
+        section: str,
+        transform: TransformSteps,
+        *,
+        labelled: bool = False,
+        fully_labelled: int = 0,
+        num_classes: int | None = None,
+        cache_rate: float = 1.0,
+        num_workers: int = 2,
+    ) -> None:
+        if num_classes is None:
+            items = cohort_items(datalist, section, labelled=labelled, fully_labelled=fully_labelled)
+        else:
+            items = class_items(datalist, section, num_classes=num_classes)
+        super().__init__(items, transform, cache_rate=cache_rate, num_workers=num_workers)
 
 
 def missing_entry(error: BaseException, item: Any) -> ValueError | None:

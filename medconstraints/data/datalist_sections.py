@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "PATH_KEYS",
     "choose_segmented",
+    "file_sample",
     "fingerprints",
     "load_datalist",
     "number_items",
@@ -113,12 +114,12 @@ def fingerprints(path: str | PathLike[str], section: str) -> list[str]:
         names = [str(name) for value in files for name in (value if isinstance(value, list) else [value])]
         digest = sha256(json.dumps(given, sort_keys=True).encode())
         for name in names:
-            digest.update(_sample(Path(path).parent / name))
+            digest.update(file_sample(Path(path).parent / name))
         found.append(f"{Path(names[0]).name if names else 'entry'} {digest.hexdigest()[:16]}")
     return found
 
 
-def _sample(file: Path) -> bytes:
+def file_sample(file: Path) -> bytes:
     """Size of a file, and blocks of its start, middle and end; nothing of one that is not there."""
     if not file.is_file():
         return b""

@@ -129,21 +129,25 @@ def check_options() -> None:
         raise ValueError("; ".join(faults))
 
 
-def run_settings() -> dict[str, Any]:
+def run_settings(*entries: str) -> dict[str, Any]:
     """What must be the same when a run goes on, by the name of each entry: for `ResumeHandler`.
 
     That is the whole config but for what decides where a run happens and how long it takes (`FREE_TO_CHANGE`,
     `FREE_IN_TRAIN`, `FREE_IN_PARTS`), and the training and the validation cases: their entries and their files.
+
+    Args:
+        entries: of the config that count, for a stage that the others do not change; none for all.
     """
     call = _running()
     if call is None:
         return {}
     config = {key: value for key, value in call.parser.config.items() if key not in NOT_SETTINGS | FREE_TO_CHANGE}
+    config = {key: value for key, value in config.items() if not entries or key in entries}
     config["train"] = {key: value for key, value in config.get("train", {}).items() if key not in FREE_IN_TRAIN}
     settings = {name: value for name, value in _leaves(config) if name.split("#")[-1] not in FREE_IN_PARTS}
     datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if isinstance(datalist, str) and Path(datalist).is_file():
-        for section in ("training", "validation", "guide"):
+        for section in ("training", "validation", "guide", "unlabelled"):
             for number, case in enumerate(fingerprints(datalist, section)):
                 settings[f"{section} case {number} of the datalist"] = case
     return settings

@@ -7,8 +7,11 @@ from medconstraints.engines.guided import GuidedTrainer
 from medconstraints.engines.inference import TolerantDataset, TolerantEvaluator, collate_or_failure
 from medconstraints.engines.lookahead import LookaheadTrainer
 from medconstraints.engines.mask_to_image import MaskToImageTrainer
+from medconstraints.engines.mean_teacher import PrepareBatchTeacher
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
+from medconstraints.engines.regression import PrepareBatchStatistics, RegressionEvaluator, RegressionStage
 from medconstraints.engines.saflex import SaflexTrainer
+from medconstraints.engines.statistic_predictions import StatisticPredictions
 from medconstraints.engines.training import TargetTrainer
 from medconstraints.engines.validation import ValidationEvaluator
 
@@ -19,8 +22,13 @@ __all__ = [
     "GuidedTrainer",
     "LookaheadTrainer",
     "MaskToImageTrainer",
+    "PrepareBatchStatistics",
     "PrepareBatchTargets",
+    "PrepareBatchTeacher",
+    "RegressionEvaluator",
+    "RegressionStage",
     "SaflexTrainer",
+    "StatisticPredictions",
     "TargetTrainer",
     "TolerantDataset",
     "TolerantEvaluator",

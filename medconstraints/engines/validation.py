@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.metrics import Metric
 from monai.data import DataLoader, DistributedSampler
-from monai.engines import SupervisedEvaluator
+from monai.engines import SupervisedEvaluator, default_prepare_batch
 from monai.handlers import MeanDice, from_engine
 from monai.inferers import Inferer
 from monai.transforms import AsDiscreted, Compose, Transform
@@ -35,6 +35,7 @@ class ValidationEvaluator(SupervisedEvaluator):
         val_data_loader: batches, in place of `dataset`.
         batch_size, num_workers: of the loader of `dataset`.
         inferer: None is MONAI's `SimpleInferer`.
+        prepare_batch: as in MONAI.
         postprocessing: None takes the class of the largest output, and makes it and the label one-hot.
         key_val_metric: None is `{"val_mean_dice": MeanDice(include_background=False)}` of prediction and label.
         additional_metrics: name -> further metric.
@@ -62,6 +63,7 @@ class ValidationEvaluator(SupervisedEvaluator):
         batch_size: int = 1,
         num_workers: int = 0,
         inferer: Inferer | None = None,
+        prepare_batch: Callable[..., Any] = default_prepare_batch,
         postprocessing: Transform | None = None,
         key_val_metric: dict[str, Metric] | None = None,
         additional_metrics: dict[str, Metric] | None = None,
@@ -79,6 +81,7 @@ class ValidationEvaluator(SupervisedEvaluator):
             val_data_loader=_loader(dataset, batch_size, num_workers) if val_data_loader is None else val_data_loader,
             network=network,
             inferer=inferer,
+            prepare_batch=prepare_batch,
             postprocessing=_one_hot(num_classes) if postprocessing is None else postprocessing,
             key_val_metric=key_val_metric,
             additional_metrics=additional_metrics,
