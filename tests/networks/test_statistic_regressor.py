@@ -36,7 +36,12 @@ def labels(rng):
 def test_values_are_those_of_the_labels(labels):
     """NaN for the centroid and the ratio of what is absent, 0 for its size."""
     regressor = regressor_of(STATISTICS)
-    assert regressor.names == ["size 1", "size 2", *(f"centroid {c} {axis}" for c in (1, 2) for axis in (0, 1)), "ratio 0"]
+    assert regressor.names == [
+        "size 1",
+        "size 2",
+        *(f"centroid {c} {axis}" for c in (1, 2) for axis in (0, 1)),
+        "ratio 0",
+    ]
     for label, item in zip(labels, items_of(labels, STATISTICS), strict=True):
         [values] = regressor.targets({key: item[key][None] for key in regressor.keys}).tolist()
         expected = [float((label == cls).sum()) for cls in (1, 2)]
