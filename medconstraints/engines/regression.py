@@ -43,7 +43,6 @@ class RegressionStage:
         preprocessing: steps from an item to image and label of one size.
         augmentation: random steps behind them; the statistics are those of what comes out.
         output_dir: folder of the stage.
-        device: where the regressor is.
         epochs: of the training.
         batch_size: of the training.
         repeats: how often an epoch goes through the images.
@@ -66,7 +65,6 @@ class RegressionStage:
         items: Mapping[str, Sequence[dict[str, Any]]],
         preprocessing: TransformSteps,
         output_dir: str | Path,
-        device: str | torch.device = "cpu",
         augmentation: TransformSteps = (),
         epochs: int = 200,
         batch_size: int = 10,
@@ -86,7 +84,6 @@ class RegressionStage:
         self.steps = in_order(preprocessing)
         self.augmentation = in_order(augmentation)
         self.output_dir = Path(output_dir)
-        self.device = torch.device(device)
         self.epochs = checks.whole_number("epochs", epochs, 1)
         self.batch_size = checks.whole_number("batch_size", batch_size, 1)
         self.repeats = checks.whole_number("repeats", repeats, 1)
@@ -121,7 +118,7 @@ class RegressionStage:
         """Train, or go on with a training that was killed."""
         self.regressor.fit(self.dataset("labelled"))
         evaluator = RegressionEvaluator(
-            device=self.device,
+            device=self.regressor.center.device,
             network=self.regressor,
             dataset=self.dataset("held_back") if len(self.items["held_back"]) else [],
             val_handlers=validation_handlers(output_dir=str(self.output_dir)),
@@ -129,7 +126,7 @@ class RegressionStage:
         optimizer = self.optimizer(self.regressor.parameters())
         schedule = LambdaLR(optimizer, lambda epoch: cosine_decay(epoch, self.epochs))
         TargetTrainer(
-            device=self.device,
+            device=self.regressor.center.device,
             max_epochs=self.epochs,
             network=self.regressor,
             optimizer=optimizer,

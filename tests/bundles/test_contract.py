@@ -53,7 +53,11 @@ IDS = {
 }
 LARGEST_WEIGHTS = 5 * 2**20
 MOST_LINES, MOST_REFERENCES = 220, 60
-LARGER = {"e2e_augmentation": 1.5, "lookahead_adversarial": 1.5}  # further networks and optimizers
+LARGER = {
+    "curriculum_size": 1.6,
+    "e2e_augmentation": 1.5,
+    "lookahead_adversarial": 1.5,
+}  # further networks and optimizers
 
 pytestmark = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 

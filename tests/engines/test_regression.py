@@ -179,7 +179,7 @@ def test_what_the_regressor_did_not_see_is_refused(datalist, trained):
         predictions.bounds({"case": "a"})
     predictions.prepare()
     item = both.dataset("unlabelled")[0]
-    with pytest.raises(ValueError, match="a.nii: predictions.json has no entry for its slice 0"):
+    with pytest.raises(ValueError, match=r"a\.nii: predictions\.json has no entry for its slice 0"):
         predictions.bounds(item | {"case": "a.nii"})
     with pytest.raises(ValueError, match=r"expected an image of \(24, 24\) voxels.*got \(20, 24\)"):
         predictions.bounds(item | {"image": item["image"][:, :20]})
@@ -203,7 +203,7 @@ def test_results_that_are_missing_or_of_another_regressor(datalist, trained, tmp
     with pytest.raises(FileNotFoundError, match="no weights of the regressor"):
         StatisticPredictions(stage_of(datalist, tmp_path)).prepare()
     (tmp_path / "model.pt").write_bytes((trained / "model.pt").read_bytes())
-    with pytest.raises(RuntimeError, match="model.pt: not of this regressor"):
+    with pytest.raises(RuntimeError, match=r"model\.pt: not of this regressor"):
         StatisticPredictions(stage_of(datalist, tmp_path)).prepare()
     stage = stage_of(datalist, tmp_path, epochs=1)
     stage.items["held_back"] = []
