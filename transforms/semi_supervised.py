@@ -24,11 +24,16 @@ class HybridLabeld(Transform):
 
     Args:
         ignore_index: value of what is not annotated.
+        proposals: unsegmented items must have one.
         foreground_only: of proposals, leave the background open (Kervadec 2020, section 5.4.1).
+
+    Raises:
+        KeyError: a segmented item has no label, or an unsegmented one no proposal.
     """
 
-    def __init__(self, *, ignore_index: int = -1, foreground_only: bool = False) -> None:
+    def __init__(self, *, ignore_index: int = -1, proposals: bool = False, foreground_only: bool = False) -> None:
         self.ignore_index = ignore_index
+        self.proposals = checks.flag("proposals", proposals)
         self.foreground_only = checks.flag("foreground_only", foreground_only)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -43,6 +48,8 @@ class HybridLabeld(Transform):
             weak = torch.as_tensor(proposal)
             if self.foreground_only:
                 weak = weak.masked_fill(weak == 0, self.ignore_index)
+        elif self.proposals:
+            raise KeyError(f"proposal: {item.get('case', 'an item')} has none; set --proposals_dir to the masks.")
         else:
             weak = torch.full_like(torch.as_tensor(item["image"])[:1], self.ignore_index)
         item["weak_label"] = weak.to(torch.float32)
@@ -103,7 +110,7 @@ def semi_supervised_transforms(
     statistics: Mapping[str, Callable[..., Tensor]],
     num_classes: int,
     predictions: Any,
-    margin: float | str = 0.1,
+    margin: float = 0.1,
     foreground_only: bool = False,
 ) -> list[Callable[..., Any]]:
     """Weak label and bounds of an item; put it behind all spatial transforms.
@@ -115,17 +122,16 @@ def semi_supervised_transforms(
         statistics: name -> statistic that is bounded.
         num_classes: of the label.
         predictions: see `PredictedBoundsd`.
-        margin: share of the oracle's bounds; of a margin that is fitted, 0.1.
+        margin: share of the oracle's bounds.
         foreground_only: see `HybridLabeld`.
     """
     checks.choice("supervision", supervision, SUPERVISION)
-    share = 0.1 if isinstance(margin, str) else margin
     level = "individual" if supervision == "oracle" else "none"
     bounds: list[Callable[..., Any]] = (
         [PredictedBoundsd(predictions)]
         if supervision == "curriculum"
         else statistic_transforms(
-            statistics, num_classes=num_classes, level=level, relative_margin=share, free_labelled=True
+            statistics, num_classes=num_classes, level=level, relative_margin=margin, free_labelled=True
         )
     )
-    return [*bounds, HybridLabeld(foreground_only=foreground_only)]
+    return [*bounds, HybridLabeld(proposals=supervision == "proposals", foreground_only=foreground_only)]

@@ -28,7 +28,7 @@ __all__ = ["StatisticPredictions"]
 
 logger = logging.getLogger(__name__)
 
-MARGINS = ("error", "uncertainty")
+MARGINS = ("value", "error", "uncertainty")
 
 
 class StatisticPredictions:
@@ -40,9 +40,10 @@ class StatisticPredictions:
 
     Args:
         stage: the regression; nothing is read before `prepare`.
-        margin: gamma; "error" takes the share of R within which `coverage` of the held-back images lie; "uncertainty"
-            gives each image R -+ z spread, with its own spread and z such that as many lie within.
-        coverage: see `margin`.
+        margin: gamma.
+        margin_from: "value" for `margin`; "error" for the share of R within which `coverage` of the held-back images
+            lie; "uncertainty" for R -+ z spread, the spread of each image and z such that as many lie within.
+        coverage: see `margin_from`.
         batch_size: of the images that the regressor sees at once.
 
     Raises:
@@ -50,15 +51,19 @@ class StatisticPredictions:
     """
 
     def __init__(
-        self, stage: RegressionStage, *, margin: float | str = 0.1, coverage: float = 0.9, batch_size: int = 16
+        self,
+        stage: RegressionStage,
+        *,
+        margin: float = 0.1,
+        margin_from: str = "value",
+        coverage: float = 0.9,
+        batch_size: int = 16,
     ) -> None:
         self.stage = stage
         self.regressor = stage.regressor
         self.path = stage.output_dir / "predictions.json"
-        if isinstance(margin, str):
-            self.margin: float | str = checks.choice("margin", margin, MARGINS)
-        else:
-            self.margin = checks.number("margin", margin, least=0)
+        self.margin = checks.number("margin", margin, least=0)
+        self.margin_from = checks.choice("margin_from", margin_from, MARGINS)
         if not 0 < checks.number("coverage", coverage) < 1:
             raise ValueError(f"coverage: expected a share of the images, 0 to 1, got {coverage!r}.")
         self.coverage = float(coverage)
@@ -88,8 +93,8 @@ class StatisticPredictions:
         content = _read(self.path)
         if content is None:
             raise FileNotFoundError(f"{self.path}: cannot be read back; start the run again.")
-        if isinstance(self.margin, str) and not content["held_back"]:
-            raise ValueError(f"margin: {self.margin!r} needs held-back segmented images; give a number, such as 0.1.")
+        if self.margin_from != "value" and not content["held_back"]:
+            raise ValueError(f"margin_from: {self.margin_from!r} needs held-back segmented images; take 'value'.")
         self._content = content
         self._rows = {(row["image"], row["slice"]): row for row in content["unlabelled"]}
         for line in _told(content["held_back"]):
@@ -128,11 +133,11 @@ class StatisticPredictions:
 
     def _margins(self, row: Mapping[str, Any]) -> np.ndarray:
         content: Any = self._content
-        if self.margin == "uncertainty":
+        if self.margin_from == "uncertainty":
             return np.array(row["spread"]) * [entry["spread_factor"] for entry in content["held_back"].values()]
-        if self.margin == "error":
+        if self.margin_from == "error":
             return np.abs(row["values"]) * [entry["relative_margin"] for entry in content["held_back"].values()]
-        return np.abs(row["values"]) * float(self.margin)
+        return np.abs(row["values"]) * self.margin
 
     def _may_be_absent(self, lower: np.ndarray) -> tuple[str, np.ndarray] | None:
         """Name of the size among the statistics, and the classes without a voxel for sure: these have no place."""

@@ -125,19 +125,19 @@ def test_predictions_are_made_once_and_anew_for_other_weights(datalist, trained,
     np.testing.assert_allclose(shift[:1], stage.regressor.scale[:1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("margin", [0.2, "error", "uncertainty"])
-def test_bounds(datalist, trained, margin):
+@pytest.mark.parametrize("margin_from", ["value", "error", "uncertainty"])
+def test_bounds(datalist, trained, margin_from):
     stage = stage_of(datalist, trained, statistics=BOTH)
-    predictions = StatisticPredictions(stage, margin=margin, coverage=0.8)
+    predictions = StatisticPredictions(stage, margin=0.2, margin_from=margin_from, coverage=0.8)
     predictions.prepare()
     content = rows_of(trained)
     values = np.array(content["unlabelled"][0]["values"])
     held_back = content["held_back"].values()
     width = {
-        0.2: 0.2 * abs(values),
+        "value": 0.2 * abs(values),
         "error": abs(values) * [entry["relative_margin"] for entry in held_back],
         "uncertainty": np.array(content["unlabelled"][0]["spread"]) * [entry["spread_factor"] for entry in held_back],
-    }[margin]
+    }[margin_from]
     bounds = PredictedBoundsd(predictions)(stage.dataset("unlabelled")[0] | {"fully_labelled": False})
     found = torch.cat([bounds["size_bounds"][1], bounds["centroid_bounds"][1]])
     expected = np.maximum(np.stack([values - width, values + width], -1), 0)
@@ -147,11 +147,11 @@ def test_bounds(datalist, trained, margin):
     assert all(torch.isinf(free[key]).all() and free[key].shape == bounds[key].shape for key in stage.regressor.keys)
 
 
-@pytest.mark.parametrize("margin", ["error", "uncertainty"])
-def test_fitted_margins_cover_the_share_of_held_back_images_that_was_asked_for(datalist, trained, margin):
+@pytest.mark.parametrize("margin_from", ["error", "uncertainty"])
+def test_fitted_margins_cover_the_share_of_held_back_images_that_was_asked_for(datalist, trained, margin_from):
     stage = stage_of(datalist, trained, statistics={**BOTH})
     for coverage, least in ((0.5, 7), (0.8, 11)):  # ceil(13 * share) of 12
-        predictions = StatisticPredictions(stage, margin=margin, coverage=coverage)
+        predictions = StatisticPredictions(stage, margin_from=margin_from, coverage=coverage)
         predictions.prepare()
         _, values, spread, true, _ = predictions._seen("held_back")
         margins = np.stack(
@@ -209,8 +209,8 @@ def test_results_that_are_missing_or_of_another_regressor(datalist, trained, tmp
     stage.items["held_back"] = []
     torch.save(stage.regressor.state_dict(), tmp_path / "model.pt")
     StatisticPredictions(stage, margin=0.1).prepare()
-    with pytest.raises(ValueError, match="margin: 'error' needs held-back"):
-        StatisticPredictions(stage, margin="error").prepare()
+    with pytest.raises(ValueError, match="margin_from: 'error' needs held-back"):
+        StatisticPredictions(stage, margin_from="error").prepare()
 
 
 def test_negative_and_broken_values(datalist, tmp_path, caplog):
@@ -230,7 +230,7 @@ def test_negative_and_broken_values(datalist, tmp_path, caplog):
 def test_bad_arguments(datalist, tmp_path):
     stage = stage_of(datalist, tmp_path)
     for options, message in [
-        ({"margin": "wide"}, "margin: expected"),
+        ({"margin_from": "width"}, "margin_from: expected"),
         ({"margin": -1}, "margin"),
         ({"coverage": 1}, "coverage: expected a share"),
     ]:
