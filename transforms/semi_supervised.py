@@ -52,7 +52,8 @@ class HybridLabeld(Transform):
             raise KeyError(f"proposal: {item.get('case', 'an item')} has none; set --proposals_dir to the masks.")
         else:
             weak = torch.full_like(torch.as_tensor(item["image"])[:1], self.ignore_index)
-        item["weak_label"] = weak.to(torch.float32)
+        # Slices become MONAI's tensors by some transforms and not by others; a batch of both does not collate.
+        item["weak_label"] = checks.plain(weak).to(torch.float32)
         return item
 
 
