@@ -39,8 +39,18 @@ ROWS: dict[str, tuple[list[str], str]] = {
     ),
     "oracle": ([], "--supervision oracle"),
 }
-ALL = "all labelled"  # once for each seed
+ALL = "all labelled"  # with the first seed
 COUNTS = {5: 3, 10: 1, 20: 1}  # segmented patients: seeds
+ONCE = ("proposals", "oracle")  # with the fewest patients alone, the former with the first seed
+
+
+def rows_of(count: int, seed: int) -> list[str]:
+    """Rows of a number of patients and a seed, those first that others need."""
+    few = count == min(COUNTS)
+    left_out = {row for row in ONCE if not few or (row == "proposals" and seed)}
+    return ["labelled", "regressor", *[row for row in ROWS if row != "labelled" and row not in left_out]]
+
+
 DICE = re.compile(r"Epoch\[(\d+)\] Metrics -- val_mean_dice: ([\d.]+)")
 
 
@@ -172,10 +182,10 @@ def main() -> None:
         write_list(args.data, Path("lists"))
         for seed in range(max(COUNTS.values())):
             for count, seeds in COUNTS.items():
-                if seed < seeds:
-                    for row in ("labelled", "regressor", *[row for row in ROWS if row != "labelled"]):
-                        run_one(row, count, seed)
-            run_one(ALL, None, seed)
+                for row in rows_of(count, seed) if seed < seeds else ():
+                    run_one(row, count, seed)
+            if seed == 0:
+                run_one(ALL, None, seed)
     args.output.write_text(json.dumps(collect(), indent=1) + "\n")
     sys.stdout.write(f"written to {args.output}\n")
 
