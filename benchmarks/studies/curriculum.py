@@ -1,7 +1,7 @@
 """Few segmented patients and many unsegmented ones: what regressed sizes add, against labels alone and a mean teacher.
 
-Run it in a folder of its own with links `data` (with `acdc.json`) and `bundles`. Every training is a command line of its
-own, written to `commands.txt`; runs that are there already are left out, so a study that was stopped goes on. One
+Run it in a folder of its own with links `data` (with `acdc.json`) and `bundles`. Every training is a command line of
+its own, written to `commands.txt`; runs that are there already are left out, so a study that was stopped goes on. One
 volume of each patient, the end of diastole; the left ventricle in slices of 96 x 96. A regressor of n patients serves
 all rows that need it.
 """

@@ -17,51 +17,49 @@ from medconstraints.data.output_folders import mask_path
 
 __all__ = ["PairedDataset", "semi_supervised_items"]
 
-PARTS = ("labelled", "unlabelled", "held_back")
+SECTIONS = ("training", "unlabelled", "validation")
 
 
 def semi_supervised_items(
     datalist: str | PathLike[str],
-    part: str,
     *,
     fully_labelled: int | None = None,
-    keep_labels: bool = False,
+    supervision: str = "curriculum",
     proposals_dir: str | PathLike[str] | None = None,
     patient_key: str = "patient",
-) -> Sequence[dict[str, Any]]:
-    """The segmented or the unsegmented items of a datalist; `MissingData` if there is no datalist.
+) -> dict[str, Sequence[dict[str, Any]]]:
+    """The segmented and the unsegmented items of a datalist; `MissingData` for each if there is no datalist.
 
     Segmented are the first n patients of the section "training" whose entries all have a label. The others of that
     section and the entries of a section "unlabelled", which the datalist may have, are unsegmented.
 
     Args:
         datalist: see `read_datalist`.
-        part: "labelled", "unlabelled", or "held_back", the segmented entries of the section "validation".
         fully_labelled: n; None takes all who have labels.
-        keep_labels: leave the labels of unsegmented items in place: for the sizes of an oracle. Otherwise they are
-            taken out, so that nothing can read them.
-        proposals_dir: folder with the masks that inference wrote of the unsegmented images; they become "proposal".
+        supervision: with "oracle" unsegmented items keep their labels, for their sizes; otherwise these are taken out,
+            so that nothing can read them. With "proposals" they get the masks of `proposals_dir` as "proposal".
+        proposals_dir: folder with the masks that inference wrote of the unsegmented images.
         patient_key: key of the patient's name; an entry without one is a patient of its own.
 
     Returns:
-        The entries with "fully_labelled", "index", their number in the datalist, and "case", the path of the image from
-        the datalist's folder.
+        "labelled", "unlabelled", and "held_back", the segmented entries of the section "validation", which may be none:
+        entries with "fully_labelled", "index", their number in the datalist, and "case", the path of the image from the
+        datalist's folder. `MissingData` where an unsegmented image has no mask.
 
     Raises:
-        FileNotFoundError: an unsegmented image has no mask in `proposals_dir`.
         ValueError: n is below 1 or more than have labels, a patient is in two sections or, with all labels, has some
             for a part of the entries alone, or the datalist cannot be used.
     """
-    checks.choice("part", part, PARTS)
     try:
         content = load_datalist(datalist)
     except FileNotFoundError as error:
-        return MissingData(error)
+        return {part: MissingData(error) for part in ("labelled", "unlabelled", "held_back")}
     sections: dict[str, list[dict[str, Any]]] = {}
-    for section in ("training", "unlabelled", "validation"):
+    for section in SECTIONS:
         entries = read_datalist(datalist, section, required=section == "training")
         names = [entry if isinstance(entry, str) else _first(entry["image"]) for entry in content.get(section) or ()]
-        numbered = enumerate(zip(entries, names, strict=True))
+        offset = sum(map(len, sections.values()))
+        numbered = enumerate(zip(entries, names, strict=True), start=offset)
         sections[section] = [{**entry, "index": number, "case": name} for number, (entry, name) in numbered]
     owners = {name: [str(item.get(patient_key, item["case"])) for item in items] for name, items in sections.items()}
     for first, second in itertools.combinations(sections, 2):
@@ -70,27 +68,29 @@ def semi_supervised_items(
                 f'datalist: {len(both)} patients, such as {both[0]}, are in "{first}" and in "{second}"; a patient '
                 "belongs to one of them."
             )
-    if part == "held_back":
-        return [{**item, "fully_labelled": True} for item in sections["validation"] if "label" in item]
     chosen = _chosen(owners["training"], ["label" in item for item in sections["training"]], fully_labelled)
-    of_chosen = [owner in chosen for owner in owners["training"]]
-    if part == "labelled":
-        return [
-            {**item, "fully_labelled": True} for item, full in zip(sections["training"], of_chosen, strict=True) if full
-        ]
-    rest = [item for item, full in zip(sections["training"], of_chosen, strict=True) if not full]
-    offset = len(sections["training"])
-    rest += [{**item, "index": item["index"] + offset} for item in sections["unlabelled"]]
-    return [_unlabelled(item, keep_labels, proposals_dir) for item in rest]
+    full, bare = [], []
+    for item, owner in zip(sections["training"], owners["training"], strict=True):
+        (full if owner in chosen else bare).append(item)
+    unlabelled: Sequence[dict[str, Any]]
+    try:
+        unlabelled = [_unlabelled(item, supervision, proposals_dir) for item in [*bare, *sections["unlabelled"]]]
+    except FileNotFoundError as error:
+        unlabelled = MissingData(error)
+    return {
+        "labelled": [{**item, "fully_labelled": True} for item in full],
+        "unlabelled": unlabelled,
+        "held_back": [{**item, "fully_labelled": True} for item in sections["validation"] if "label" in item],
+    }
 
 
-def _unlabelled(item: dict[str, Any], keep_labels: bool, proposals_dir: str | PathLike[str] | None) -> dict[str, Any]:
+def _unlabelled(item: dict[str, Any], supervision: str, proposals_dir: str | PathLike[str] | None) -> dict[str, Any]:
     entry = {**item, "fully_labelled": False}
-    if not keep_labels:
+    if supervision != "oracle":
         entry.pop("label", None)
     elif "label" not in item:
         raise ValueError(f"datalist: {item['case']} has no label, from which an oracle could know its size.")
-    if proposals_dir is not None:
+    if supervision == "proposals" and proposals_dir is not None:
         mask = mask_path(Path(proposals_dir), _first(item["image"]))
         if not mask.is_file():
             raise FileNotFoundError(

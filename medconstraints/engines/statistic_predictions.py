@@ -71,14 +71,19 @@ class StatisticPredictions:
         self._content: dict[str, Any] | None = None
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def prepare(self) -> None:
+    def prepare(self, *, train: bool = False) -> None:
         """Read the file, or make it; in distributed training process 0 does.
+
+        Args:
+            train: train the regressor first, or go on with it where it was killed.
 
         Raises:
             FileNotFoundError: no weights, because the regressor was not trained.
             RuntimeError: the weights are those of another regressor.
             ValueError: a margin from held-back images, of which there are none; or a value that is no number.
         """
+        if train:
+            self.stage.run()
         if not self.stage.checkpoint.is_file():
             raise FileNotFoundError(
                 f"checkpoint: no weights of the regressor, {self.stage.checkpoint}; train it first (train.json does, "

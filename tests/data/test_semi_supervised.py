@@ -37,7 +37,8 @@ def datalist(tmp_path):
 )
 def test_parts(datalist, training, count, labelled, unlabelled):
     path = datalist(training=training)
-    parts = {part: semi_supervised_items(path, part, fully_labelled=count) for part in ("labelled", "unlabelled")}
+    parts = semi_supervised_items(path, fully_labelled=count)
+    assert parts.pop("held_back") == []
     names = {part: [item["case"].split(".")[0] for item in items] for part, items in parts.items()}
     assert names == {"labelled": labelled, "unlabelled": unlabelled}
     assert all(item["fully_labelled"] and "label" in item for item in parts["labelled"])
@@ -47,21 +48,22 @@ def test_parts(datalist, training, count, labelled, unlabelled):
 
 def test_a_section_of_unsegmented_images_and_held_back_ones(datalist):
     path = datalist(training=[entry("x")], unlabelled=["u.nii"], validation=[entry("v"), entry("w", label=False)])
-    [item] = semi_supervised_items(path, "unlabelled")
+    parts = semi_supervised_items(path)
+    [item] = parts["unlabelled"]
     assert (item["case"], item["index"]) == ("u.nii", 1)
-    assert [item["case"] for item in semi_supervised_items(path, "held_back")] == ["v.nii.gz"]
-    assert semi_supervised_items(datalist(training=[entry("x")]), "held_back") == []
+    assert [item["case"] for item in parts["held_back"]] == ["v.nii.gz"]
 
 
 def test_labels_for_an_oracle_and_masks_for_proposals(datalist, tmp_path):
     path = datalist(training=TWO_PHASES)
-    kept = semi_supervised_items(path, "unlabelled", fully_labelled=1, keep_labels=True)
+    kept = semi_supervised_items(path, fully_labelled=1, supervision="oracle")["unlabelled"]
     assert kept[0]["label"].endswith("b_ED_gt.nii.gz")
+    options = {"fully_labelled": 1, "supervision": "proposals", "proposals_dir": tmp_path}
     with pytest.raises(FileNotFoundError, match=r"proposals_dir.*b_ED_seg.nii.gz"):
-        semi_supervised_items(path, "unlabelled", fully_labelled=1, proposals_dir=tmp_path)
+        semi_supervised_items(path, **options)["unlabelled"][0]
     for item in kept:
         (tmp_path / f"{item['case'].split('.')[0]}_seg.nii.gz").touch()
-    found = semi_supervised_items(path, "unlabelled", fully_labelled=1, proposals_dir=tmp_path)
+    found = semi_supervised_items(path, **options)["unlabelled"]
     assert found[0]["proposal"] == str(tmp_path / "b_ED_seg.nii.gz") and "label" not in found[0]
 
 
@@ -74,16 +76,16 @@ def test_labels_for_an_oracle_and_masks_for_proposals(datalist, tmp_path):
         ({"training": [entry("a1", "a"), entry("a2", "a", label=False)]}, {}, "such as a, some entries"),
         ({"training": TWO_PHASES, "unlabelled": [entry("a_3", "a")]}, {}, 'such as a, are in "training" and in "unlab'),
         ({"training": TWO_PHASES, "validation": [entry("c_3", "c")]}, {}, 'such as c, are in "training" and in "valid'),
-        ({"training": [entry("x")], "unlabelled": ["u.nii"]}, {"keep_labels": True}, "u.nii has no label"),
+        ({"training": [entry("x")], "unlabelled": ["u.nii"]}, {"supervision": "oracle"}, "u.nii has no label"),
     ],
 )
 def test_what_cannot_be_divided(datalist, sections, options, message):
     with pytest.raises(ValueError, match=message):
-        semi_supervised_items(datalist(**sections), "unlabelled", **options)
+        semi_supervised_items(datalist(**sections), **options)
 
 
 def test_no_datalist_yet(tmp_path):
-    assert isinstance(semi_supervised_items(tmp_path / "none.json", "labelled"), MissingData)
+    assert all(isinstance(part, MissingData) for part in semi_supervised_items(tmp_path / "none.json").values())
 
 
 @pytest.mark.parametrize(("labelled", "unlabelled"), [(2, 5), (5, 2), (3, 0)])

@@ -40,11 +40,6 @@ def datalist(tmp_path_factory):
     return folder / "datalist.json"
 
 
-def items_of(datalist, count=24):
-    parts = ("labelled", "unlabelled", "held_back")
-    return {part: semi_supervised_items(datalist, part, fully_labelled=count) for part in parts}
-
-
 def stage_of(datalist, folder, *, statistics=None, seed=0, **options):
     torch.manual_seed(seed)
     body = {"layers": [1, 1, 1, 1], "block_inplanes": [8, 8, 8, 8], "spatial_dims": 2, "n_input_channels": 1}
@@ -56,7 +51,7 @@ def stage_of(datalist, folder, *, statistics=None, seed=0, **options):
     optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=5e-3)  # noqa: E731
     return RegressionStage(
         regressor=network,
-        items=items_of(datalist),
+        items=semi_supervised_items(datalist, fully_labelled=24),
         preprocessing=READING,
         output_dir=folder,
         optimizer=optimizer,
