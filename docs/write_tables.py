@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -537,6 +537,49 @@ def lookahead() -> str:
     return paragraphs(*parts, f"`{content['command']}`, {content['date']}.")
 
 
+SEMI_SUPERVISED = [
+    "labelled",
+    "proposals",
+    "mean teacher",
+    "curriculum",
+    "curriculum, uncertainty",
+    "oracle",
+    "all labelled",
+]
+
+
+def curriculum() -> str:
+    """Dice of few segmented patients and many unsegmented ones, and how far the regressors are off."""
+    content = load("curriculum.json")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in content["runs"]:
+        groups.setdefault((run["labelled"], run["row"]), []).append(run)
+    rows, errors = [], []
+    for (count, name), runs in sorted(groups.items(), key=lambda one: (int(one[0][0].replace("all", "99")), one[0][1])):
+        if name == "regressor":
+            for run in runs:
+                found = run["held_back"]["size 1"]
+                numbers = [f"{found['percent']:.0f} %", f"{found['relative_margin']:.2f}"]
+                errors.append([count, str(run["seed"]), *numbers, f"{found['spread_factor']:.1f}"])
+    for count in sorted({count for count, _ in groups}, key=lambda one: int(one.replace("all", "99"))):
+        for name in SEMI_SUPERVISED:
+            if runs := groups.get((count, name), []):
+                cells = [_of_seeds([run[key] for run in runs]) for key in ("last_mean", "best", "test")]
+                spread = f"{statistics.fmean(run['last_spread'] for run in runs):.3f}"
+                rows.append([name, count, str(len(runs)), cells[0], spread, *cells[1:]])
+    last = f"Last {content['last']} epochs"
+    header = ["", "Segmented", "Seeds", last, "Spread over them", "Best epoch", "Test"]
+    table = markdown_table(["Segmented", "Seed", "Mean error", "Margin that covers 90 %", "Spreads that do"], errors)
+    told = f"{content['epochs']} epochs; `{content['command']}`, {content['date']}."
+    return paragraphs(markdown_table(header, rows), table, told)
+
+
+def _of_seeds(values: Sequence[float]) -> str:
+    """Mean, and the lowest and highest of several."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
 # Benchmarks
 
 
@@ -752,6 +795,7 @@ def all_tables() -> dict[str, dict[str, str]]:
         "volumes": scores(VOLUMES),
     }
     tables["bundles/lookahead_adversarial/docs/README.md"] = {"lookahead": lookahead()}
+    tables["bundles/curriculum_size/docs/README.md"] = {"curriculum": curriculum()}
     tables["docs/augmentation.md"] = {
         "study": learned(told=True),
         "more": learned_more(),
