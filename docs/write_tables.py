@@ -723,6 +723,14 @@ def lookahead_benchmarks() -> str:
     )
 
 
+def curriculum_benchmarks() -> str:
+    """An epoch with regressed bounds, against labels alone."""
+    found = load("benchmark_curriculum_step.json")
+    rows = [[row["case"], times(row["ratio"], 3)] for row in found["rows"]]
+    goal = "Goal: regressed bounds at most 1.05x."
+    return paragraphs(markdown_table(["An epoch with as many images", "Time"], rows), goal, measured_by(found))
+
+
 def crf_benchmarks() -> str:
     """The dense CRF against pydensecrf2, and its loss against a step."""
     found = load("benchmark_dense_crf_step.json")
@@ -804,7 +812,7 @@ def all_tables() -> dict[str, dict[str, str]]:
     benchmarks = {"boundary": boundary_benchmarks(), "box_prior": box_benchmarks()}
     benchmarks |= {"constraints": constraint_benchmarks(), "learned": learned_benchmarks()}
     benchmarks |= {"end_to_end": end_to_end_benchmarks(), "lookahead": lookahead_benchmarks()}
-    benchmarks |= {"dense_crf": crf_benchmarks()}
+    benchmarks |= {"dense_crf": crf_benchmarks(), "curriculum": curriculum_benchmarks()}
     return tables | {"docs/benchmarks.md": benchmarks}
 
 

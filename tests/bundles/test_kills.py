@@ -43,6 +43,17 @@ RUNS = {
         ["train"],
         {"gan_def#generator#channels": [4, 6], "gan_def#generator#strides": [2, 2], "train#trainer#warm_up": 2},
     ),
+    "curriculum_size": (
+        ["train"],
+        {
+            "regressor_epochs": 6,
+            "regression#val_interval": 1,
+            "regression#repeats": 2,
+            "fully_labelled": 2,
+            "regressor_def#backbone#channels": [4, 8],
+            "regressor_def#features": 8,
+        },
+    ),
 }
 KILLS, KILLS_WHILE_WRITING = 20, 10
 
