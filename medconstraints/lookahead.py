@@ -7,7 +7,7 @@ here it does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from medconstraints import checks
+from medconstraints.data.missing import MissingData
 
-__all__ = ["Cycle", "Lookahead", "LookaheadModels", "paired_bootstrap"]
+__all__ = ["Cycle", "Lookahead", "LookaheadModels", "by_patient", "paired_bootstrap", "patients_of"]
 
-_KEPT = ("running", "weights", "scores", "rows", "norms", "accuracy")
+_KEPT = ("running", "weights", "scores", "rows", "norms", "accuracy", "holdout_accuracy")
 LEAST_MARGIN = 1e-3  # of a peak, where the bootstrap's error is smaller: the paper's 0.1 % mIoU
 
 
@@ -162,10 +163,11 @@ class LookaheadModels:
     Attributes:
         running: name of the search that runs, None when all are done.
         weights: search -> model -> state of network and optimizer.
-        scores: search -> model -> part -> score of each case.
+        scores: search -> model -> part -> score of each patient.
         rows: evaluations so far, for `cycles.csv`.
         norms: mean lengths of the adversary's updates, one for each parameter.
-        accuracy: of the discriminator at the end of its last training.
+        accuracy: of the discriminator at the end of its last training, on its last batches.
+        holdout_accuracy: likewise, on the hold-out part.
     """
 
     def __init__(self, searches: Mapping[str, Lookahead | None]) -> None:
@@ -176,6 +178,7 @@ class LookaheadModels:
         self.rows: list[dict[str, Any]] = []
         self.norms: list[float] = []
         self.accuracy: float | None = None
+        self.holdout_accuracy: float | None = None
 
     def best(self, search: str) -> dict[str, Tensor]:
         """Weights of the network that the search came to: its start, the first one if nothing was accepted."""
@@ -198,11 +201,11 @@ class LookaheadModels:
 
 
 def paired_bootstrap(differences: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Standard error of the mean of paired differences over cases, and the ends of its 95 % interval.
+    """Standard error of the mean of paired differences over patients, and the ends of its 95 % interval.
 
     Args:
-        differences: one for each case, (N,); without NaN.
-        draws: bootstrap samples of cases.
+        differences: one for each patient, (N,), see `by_patient`; without NaN.
+        draws: bootstrap samples of patients.
         seed: of the draws.
     """
     values = np.asarray(differences, dtype=float)
@@ -210,6 +213,44 @@ def paired_bootstrap(differences: np.ndarray, *, draws: int = 2000, seed: int = 
     means = values[random.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(means.std()), float(low), float(high)
+
+
+def patients_of(dataset: Any) -> list[str]:
+    """Whose image each item is: its "patient", "case" or "image", whichever comes first; "" where none is named."""
+    items = getattr(dataset, "data", dataset)
+    if isinstance(items, MissingData):
+        return []
+    keys = [
+        next((item[key] for key in ("patient", "case", "image") if key in item), None)
+        for item in items
+        if isinstance(item, Mapping)
+    ]
+    return [str(key) if isinstance(key, str | int | list) else "" for key in keys]
+
+
+def by_patient(values: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """Mean of the cases of each patient, which are no independent ones: two phases of a heart, slices of a volume.
+
+    Args:
+        values: (N, K), NaN where a case has none.
+        patients: of the cases; "" for one that is alone. Fewer than N of them: all cases are.
+
+    Returns:
+        (P, K) in the order in which the patients come first; NaN where no case of a patient has a value.
+
+    Example:
+        >>> by_patient(np.array([[1.0], [np.nan], [5.0], [3.0]]), ["a", "b", "a", ""]).tolist()
+        [[3.0], [nan], [3.0]]
+    """
+    named = patients if len(patients) == len(values) else [""] * len(values)
+    rows: dict[Any, list[int]] = {}
+    for row, name in enumerate(named):
+        rows.setdefault(name or row, []).append(row)
+    found = np.full((len(rows), values.shape[1]), np.nan)
+    for number, chosen in enumerate(rows.values()):
+        known = ~np.isnan(values[chosen]).all(0)
+        found[number, known] = np.nanmean(values[chosen][:, known], 0)
+    return found
 
 
 def _finite(score: float) -> float:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from medconstraints.lookahead import Lookahead, paired_bootstrap
+from medconstraints.lookahead import Lookahead, by_patient, paired_bootstrap, patients_of
 
 
 def play(search, scores, accept=lambda: True):
@@ -138,3 +138,25 @@ def test_the_bootstrap_knows_noise_from_a_gain():
     assert error == pytest.approx(0.1 / 200**0.5, rel=0.2) and low < 0 < high
     _, low, _ = paired_bootstrap(noise + 0.05)
     assert low > 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_cases_of_a_patient_are_no_independent_ones(count):
+    """Copies of a case change neither the mean nor the interval; as cases of their own they would narrow it."""
+    values = np.random.default_rng(2).normal(0, 1, (12, 2))
+    patients = [f"p{number}" for number in range(12)]
+    together = by_patient(np.repeat(values, count, 0), [name for name in patients for _ in range(count)])
+    np.testing.assert_allclose(together, values)
+    alone = by_patient(np.repeat(values, 3, 0), [])
+    assert paired_bootstrap(alone[:, 0])[0] < 0.7 * paired_bootstrap(values[:, 0])[0]
+
+
+def test_means_of_patients_leave_out_what_is_not_there():
+    values = np.array([[1.0, np.nan], [3.0, 5.0], [np.nan, np.nan], [7.0, 8.0]])
+    found = by_patient(values, ["a", "a", "b", ""])
+    np.testing.assert_array_equal(found, [[2, 5], [np.nan, np.nan], [7, 8]])
+
+
+def test_patients_are_named_by_what_an_item_has():
+    items = [{"patient": "p", "case": "c"}, {"case": 3}, {"image": "x.nii"}, {"image": np.zeros(2)}]
+    assert patients_of(items) == ["p", "3", "x.nii", ""]

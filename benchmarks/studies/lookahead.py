@@ -32,11 +32,13 @@ ROWS: dict[str, tuple[list[str], str]] = {
     "alternating": (["alternating"], ""),
     "alternating, with cross-entropy": (["alternating", "hybrid"], ""),
     "lookahead, with cross-entropy": (["hybrid"], ""),
+    "lookahead, with constraints": (["constraints"], ""),
+    "constraints in place of the adversary": (["constraints"], "--train#trainer#adversarial_weight 0.0"),
 }
 START, SHIPPED = "start", {"hippocampus": "bundles/boundary_loss/models/model.pt"}  # a start that is there already
 # set: base configs, options of all, epochs of the start, evaluations, seeds
 SETS: dict[str, tuple[list[str], str, int, int, int]] = {
-    "acdc": (["train", "images"], "--patch_size [96,96]", 40, 100, 3),
+    "acdc": (["train", "images"], "--patch_size [96,96] --enclosed [[3,2]]", 40, 100, 3),
     "hippocampus": (["train"], "", 0, 24, 1),
 }
 SLICES, SIDE, CROP = 4, 96, 160

@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.engines import Evaluator, IterationEvents
+from monai.transforms import ResizeWithPadOrCrop
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,15 +27,17 @@ from medconstraints.data.guide_split import EpochSampler
 from medconstraints.data.missing import MissingData
 from medconstraints.engines.guided import one_hot
 from medconstraints.engines.training import TargetTrainer
-from medconstraints.lookahead import Lookahead, LookaheadModels, paired_bootstrap
+from medconstraints.lookahead import Lookahead, LookaheadModels, by_patient, paired_bootstrap, patients_of
 
-__all__ = ["LookaheadTrainer", "case_scores"]
+__all__ = ["LookaheadTrainer", "patient_scores"]
 
 logger = logging.getLogger(__name__)
 
 METRIC = "val_mean_iou"
 WINDOW = 20  # batches over which the discriminator's accuracy is averaged
-LEAST_CASES = 5  # of a part whose scores are drawn again
+LEAST_PATIENTS = 5  # of a part whose scores are drawn again
+CHECK_EVERY = 40  # batches of the discriminator
+HOLDOUT_CASES = 16  # that it is checked on
 
 
 class LookaheadTrainer(TargetTrainer):
@@ -45,9 +48,9 @@ class LookaheadTrainer(TargetTrainer):
     discriminator learns from real label maps and those of the models in the buffer.
 
     What the paper does not have: a peak becomes the new start only if on a `confirm` part the lower end of a paired
-    bootstrap's 95 % interval over its cases is above 0, because the best of many evaluations on the hold-out is better
-    there by chance. And a control: with a second search, "noise", the same controller runs again from the first weights
-    with as many evaluations, and each update is random, of the mean length that the adversarial ones had.
+    bootstrap's 95 % interval over its patients is above 0, because the best of many evaluations on the hold-out is
+    better there by chance. And a control: with a second search, "noise", the same controller runs again from the first
+    weights with as many evaluations, and each update is random, of the mean length that the adversarial ones had.
 
     Args:
         network: trained already; its weights are where the search begins.
@@ -74,11 +77,15 @@ class LookaheadTrainer(TargetTrainer):
             is the result. What LoAd is compared with.
         discriminator_steps: most batches of a training of the discriminator.
         discriminator_accuracy: at which it ends, over 20 batches.
+        discriminator_patience: checks on the hold-out part, one after each 40 batches, without a better accuracy after
+            which it ends; the best weights come back.
+        mirror: mirror the discriminator's images with their maps along axes drawn anew for each batch, without which it
+            learns the training maps by heart.
         seed: of the order of the images.
         options: the other arguments of `TargetTrainer`.
 
     Raises:
-        ValueError: an evaluator with fewer than five cases, or without one of the classes; a patient in two parts;
+        ValueError: an evaluator with fewer than five patients, or without one of the classes; a patient in two parts;
             searches of other names.
     """
 
@@ -105,6 +112,8 @@ class LookaheadTrainer(TargetTrainer):
         alternating: bool = False,
         discriminator_steps: int = 200,
         discriminator_accuracy: float = 0.9,
+        discriminator_patience: int = 3,
+        mirror: bool = True,
         seed: int = 0,
         train_handlers: Sequence[Any] | None = None,
         **options: Any,
@@ -139,6 +148,8 @@ class LookaheadTrainer(TargetTrainer):
         )
         self.discriminator_steps = checks.whole_number("discriminator_steps", discriminator_steps, 1)
         self.discriminator_accuracy = checks.number("discriminator_accuracy", discriminator_accuracy, above=0.5)
+        self.discriminator_patience = checks.whole_number("discriminator_patience", discriminator_patience, 1)
+        self.mirror = checks.flag("mirror", mirror)
         self.dataset, self.batch_size, self.seed = dataset, checks.whole_number("batch_size", batch_size, 1), seed
         missing = isinstance(getattr(dataset, "data", dataset), MissingData)
         loader = DataLoader(dataset, batch_size=batch_size) if missing else self._loader(eval_every)
@@ -185,7 +196,7 @@ class LookaheadTrainer(TargetTrainer):
             self.optimizer.step()
             moves = [new.detach() - old for new, old in zip(self.network.parameters(), before, strict=True)]
             self.models.norms = _running_mean(self.models.norms, [float(move.norm()) for move in moves])
-            if self.alternating:
+            if self.alternating and self.adversarial_weight:
                 self._judge_batch(image, batchdata["label"], output.detach().argmax(1, keepdim=True))
         engine.state.output = state.output = {
             CommonKeys.IMAGE: image,
@@ -225,8 +236,11 @@ class LookaheadTrainer(TargetTrainer):
     def _judge_batch(self, image: Tensor, label: Any, guess: Tensor) -> float:
         """One step of the discriminator on real maps and given ones; its accuracy, the mean of both kinds."""
         self.discriminator.train().requires_grad_(True)
-        real = self.discriminator(image, one_hot(checks.plain(label).to(image.device), self.num_classes))
-        fake = self.discriminator(image, one_hot(guess, self.num_classes))
+        maps = [one_hot(one, self.num_classes) for one in (checks.plain(label).to(image.device), guess)]
+        if self.mirror:
+            axes = [axis for axis in range(2, image.dim()) if bool(torch.rand(()) < 0.5)]
+            image, *maps = (one.flip(axes) for one in (image, *maps))
+        real, fake = (self.discriminator(image, one) for one in maps)
         loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -243,21 +257,47 @@ class LookaheadTrainer(TargetTrainer):
         weights = [self.models.weights["adversary"][name]["network"] for name in search.buffer]
         self.network.eval()
         accuracies: deque[float] = deque(maxlen=WINDOW)
-        steps = 0
-        while steps < self.discriminator_steps:
+        steps, worse, best, kept = 0, 0, -1.0, self.discriminator.state_dict()
+        while worse < self.discriminator_patience and steps < self.discriminator_steps:
             for batch in DataLoader(self.dataset, batch_size=self.batch_size, shuffle=True):
                 image = checks.plain(batch["image"]).to(self.state.device)
                 chosen = weights[int(torch.randint(len(weights), ()))]
-                with torch.no_grad():
-                    guess = functional_call(self.network, chosen, (image,)).argmax(1, keepdim=True)
-                accuracies.append(self._judge_batch(image, batch["label"], guess))
+                accuracies.append(self._judge_batch(image, batch["label"], self._guess(chosen, image)))
                 steps += 1
-                mean = float(np.mean(accuracies))
-                if steps == WINDOW and mean == 1:
+                self.models.accuracy = float(np.mean(accuracies))
+                if steps == WINDOW and self.models.accuracy == 1:
                     logger.warning("discriminator: tells all label maps apart at once; it has little to teach")
-                if steps >= self.discriminator_steps or (steps >= WINDOW and mean >= self.discriminator_accuracy):
-                    self.models.accuracy = mean
-                    return
+                enough = steps >= WINDOW and self.models.accuracy >= self.discriminator_accuracy
+                last = enough or steps == self.discriminator_steps
+                if last or steps % CHECK_EVERY == 0:
+                    accuracy = self._holdout_accuracy(weights)
+                    worse = 0 if accuracy > best else worse + 1
+                    if accuracy > best:
+                        best, kept = accuracy, copy.deepcopy(self.discriminator.state_dict())
+                if last or worse >= self.discriminator_patience:
+                    worse = self.discriminator_patience
+                    break
+        self.discriminator.load_state_dict(kept)
+        self.models.holdout_accuracy = best
+        logger.info("discriminator: %d batches, accuracy %.2f, %.2f on the hold-out", steps, self.models.accuracy, best)
+
+    def _guess(self, weights: Mapping[str, Tensor], image: Tensor) -> Tensor:
+        with torch.no_grad():
+            guess: Tensor = functional_call(self.network, dict(weights), (image,)).argmax(1, keepdim=True)
+        return guess
+
+    @torch.no_grad()
+    def _holdout_accuracy(self, weights: Sequence[Mapping[str, Tensor]]) -> float:
+        """Of the discriminator on real maps of the hold-out part and on the models' maps of the same images."""
+        self.discriminator.eval()
+        shape, right = self.dataset[0]["image"].shape[1:], []
+        for batch in itertools.islice(self.evaluator.data_loader, HOLDOUT_CASES):
+            image, label = (_middle(batch[key], shape).to(self.state.device) for key in ("image", "label"))
+            guesses = [self._guess(chosen, image) for chosen in weights]
+            real, *fakes = (self.discriminator(image, one_hot(one, self.num_classes)) for one in (label, *guesses))
+            told = float(np.mean([float((fake <= 0).float().mean()) for fake in fakes]))
+            right.append((float((real > 0).float().mean()) + told) / 2)
+        return float(np.mean(right))
 
     # The cycles
 
@@ -267,7 +307,7 @@ class LookaheadTrainer(TargetTrainer):
         if name is None or self.models.weights[name]:
             return
         search = self.models.searches[name]
-        scores = {"holdout": case_scores(self.evaluator, "holdout"), "confirm": self._confirm()}
+        scores = {"holdout": patient_scores(self.evaluator, "holdout"), "confirm": self._confirm()}
         search.begin(float(np.mean(scores["holdout"])))
         self.models.weights[name]["g0"] = self._snapshot()
         self.models.scores[name]["g0"] = scores
@@ -282,7 +322,7 @@ class LookaheadTrainer(TargetTrainer):
             engine.terminate()
             return
         search, weights, scores = self.models.searches[name], self.models.weights[name], self.models.scores[name]
-        found = case_scores(self.evaluator, "holdout")
+        found = patient_scores(self.evaluator, "holdout")
         error, _, _ = paired_bootstrap(np.subtract(found, scores[search.start]["holdout"]))
         score = float(np.mean(found))
         engine.state.metrics["holdout_mean_iou"] = score
@@ -348,7 +388,7 @@ class LookaheadTrainer(TargetTrainer):
             engine.terminate()
 
     def _confirm(self) -> list[float]:
-        return case_scores(self.confirm_evaluator, "confirm")
+        return patient_scores(self.confirm_evaluator, "confirm")
 
     def _snapshot(self) -> dict[str, Any]:
         return copy.deepcopy({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()})
@@ -370,30 +410,41 @@ class LookaheadTrainer(TargetTrainer):
                 "peak": peak,
                 "event": event,
                 "discriminator_accuracy": self.models.accuracy,
+                "discriminator_holdout_accuracy": self.models.holdout_accuracy,
             }
         )
 
 
-def case_scores(evaluator: Evaluator, part: str) -> list[float]:
-    """Mean IoU of each case that has one of the classes, of the network as it is.
+def patient_scores(evaluator: Evaluator, part: str) -> list[float]:
+    """Mean IoU of each patient with one of the classes, of the network as it is: the mean over the patient's cases.
 
     Args:
         evaluator: with the metric "val_mean_iou", whose details are (N, K - 1), NaN where a class is not there.
         part: its name, for messages.
 
     Raises:
-        ValueError: fewer than five cases, or a class that no case has.
+        ValueError: fewer than five patients, or a class that no case has.
     """
     evaluator.run()
-    details = torch.as_tensor(evaluator.state.metric_details[METRIC]).double()
-    absent = [number + 1 for number in range(details.shape[1]) if bool(details[:, number].isnan().all())]
-    if absent or len(details) < LEAST_CASES:
+    details = torch.as_tensor(evaluator.state.metric_details[METRIC]).double().cpu().numpy()
+    absent = [number + 1 for number in range(details.shape[1]) if np.isnan(details[:, number]).all()]
+    cases = details[~np.isnan(details).all(1)]
+    patients = patients_of(_dataset(evaluator))
+    if len(patients) == len(details):
+        patients = [name for name, row in zip(patients, details, strict=True) if not np.isnan(row).all()]
+    values = by_patient(np.nanmean(cases, 1, keepdims=True), patients)[:, 0]
+    if absent or len(values) < LEAST_PATIENTS:
         raise ValueError(
-            f"{part}: expected at least {LEAST_CASES} cases, and each class in one of them, got {len(details)} cases"
+            f"{part}: expected at least {LEAST_PATIENTS} patients, and each class in one of them, got {len(values)}"
             f"{f', none with class {absent}' if absent else ''}; give this section of the datalist more patients."
         )
-    values = details.nanmean(1)
-    return values[~values.isnan()].tolist()
+    found: list[float] = values.tolist()
+    return found
+
+
+def _middle(volumes: Tensor, shape: Sequence[int]) -> Tensor:
+    """The middle of volumes (B, C, *S), padded to the shape of the images that train."""
+    return torch.stack([checks.plain(one) for one in map(ResizeWithPadOrCrop(shape), volumes)])
 
 
 def _dataset(evaluator: Evaluator) -> Any:
@@ -402,12 +453,7 @@ def _dataset(evaluator: Evaluator) -> Any:
 
 def _check_disjoint(**parts: Any) -> None:
     """Refuse parts that share a patient, or where none is named an image."""
-    names: dict[str, set[str]] = {}
-    for part, dataset in parts.items():
-        items = getattr(dataset, "data", dataset)
-        given = [] if isinstance(items, MissingData) else [item for item in items if isinstance(item, Mapping)]
-        keys = [next((item[key] for key in ("patient", "case", "image") if key in item), None) for item in given]
-        names[part] = {str(key) for key in keys if isinstance(key, str | int | list)}
+    names = {part: {*patients_of(dataset)} - {""} for part, dataset in parts.items()}
     for one, two in itertools.combinations(names, 2):
         if shared := sorted(names[one] & names[two]):
             raise ValueError(

@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import Evaluator
+from monai.engines import Evaluator, IterationEvents
 from PIL import Image, ImageDraw
 
 from medconstraints.handlers.resume import save_whole
-from medconstraints.lookahead import LookaheadModels, paired_bootstrap
+from medconstraints.lookahead import LookaheadModels, by_patient, paired_bootstrap, patients_of
+from medconstraints.structure import structure_of
 
 __all__ = ["LookaheadReportHandler"]
 
-IOU = "val_mean_iou"
+IOU, STRUCTURE = "val_mean_iou", "structure"
 COLOURS = {"adversary": "#1f5fa8", "noise": "#a0a0a0"}
 SIZE, MARGIN = (900, 420), 46
 
@@ -29,18 +31,28 @@ class LookaheadReportHandler:
 
     The table has a row for each evaluation, the picture is the paper's figure 1 of the run. `best.pt` has the weights
     of the adversary's last accepted peak, those of the start if there is none. The report compares them, and what the
-    noise control came to, with the start on cases that neither steered nor confirmed: each class's IoU and the
+    noise control came to, with the start on patients that neither steered nor confirmed: each class's IoU and the
     evaluator's other metrics before and after, the mean difference with its 95 % interval of a paired bootstrap over
-    cases, and a verdict.
+    patients, the structure of the label maps beside that of the references (`structure_of`, means of the cases), and a
+    verdict.
 
     Args:
         models: of the trainer.
         output_dir: folder of the run.
         evaluator: of the reported part, with the metric "val_mean_iou" of each case and class, and others.
+        enclosed: see `structure_of`.
     """
 
-    def __init__(self, models: LookaheadModels, output_dir: str | Path, *, evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        models: LookaheadModels,
+        output_dir: str | Path,
+        *,
+        evaluator: Evaluator,
+        enclosed: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.models, self.output_dir, self.evaluator = models, Path(output_dir), evaluator
+        self.enclosed = enclosed
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -70,34 +82,58 @@ class LookaheadReportHandler:
         chosen = {"before": self.models.weights["adversary"]["g0"]["network"], "after": self._result()}
         if "noise" in self.models.searches and self.models.weights["noise"]:
             chosen["control"] = self.models.best("noise")
-        found = {}
-        for name, weights in chosen.items():
-            network.load_state_dict(weights)
-            self.evaluator.run()
-            details = self.evaluator.state.metric_details
-            found[name] = {metric: torch.as_tensor(values).double().numpy() for metric, values in details.items()}
+        found = {name: self._measured(network, weights) for name, weights in chosen.items()}
         network.load_state_dict(last)
-        report: dict[str, Any] = {"cases": len(found["before"][IOU]), "scores": {}, "differences": {}}
-        for name, metrics in found.items():
-            report["scores"][name] = {
-                metric: {
-                    "mean": _mean(np.nanmean(values, 1)) if values.ndim > 1 else _mean(values),
-                    "of_classes": [_mean(column) for column in values.T],
-                }
-                for metric, values in metrics.items()
-            }
-        for name in [*found][1:]:
-            report["differences"][name] = {
-                metric: difference(found[name][metric], found["before"][metric]) for metric in found["before"]
-            }
-        report["evaluations"] = {
-            name: sum(row["search"] == name and row["event"] != "start" for row in self.models.rows)
-            for name in self.models.searches
+        structure = {name: metrics.pop(STRUCTURE) for name, metrics in found.items()}
+        patients = patients_of(getattr(self.evaluator.data_loader, "dataset", ()))
+        of_patients = {
+            name: {metric: by_patient(values, patients) for metric, values in metrics.items()}
+            for name, metrics in found.items()
         }
-        report["accepted_peaks"] = {name: search.peaks for name, search in self.models.searches.items()}
+        report: dict[str, Any] = {
+            "patients": len(of_patients["before"][IOU]),
+            "scores": {
+                name: {
+                    metric: {"mean": _mean(_of_classes(values)), "of_classes": [_mean(column) for column in values.T]}
+                    for metric, values in metrics.items()
+                }
+                for name, metrics in of_patients.items()
+            },
+            "differences": {
+                name: {metric: difference(values, of_patients["before"][metric]) for metric, values in metrics.items()}
+                for name, metrics in of_patients.items()
+                if name != "before"
+            },
+            "structure": {name: _means(tables["pred"]) for name, tables in structure.items()}
+            | {"label": _means(structure["before"]["label"])},
+            "evaluations": {
+                name: sum(row["search"] == name and row["event"] != "start" for row in self.models.rows)
+                for name in self.models.searches
+            },
+            "accepted_peaks": {name: search.peaks for name, search in self.models.searches.items()},
+        }
         report["verdict"] = verdict(report)
         (self.output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         engine.logger.info(report["verdict"])
+
+    def _measured(self, network: Any, weights: Any) -> dict[str, Any]:
+        """Each metric (N, K) of the cases, NaN where it is infinite, and the structure of predictions and labels."""
+        network.load_state_dict(weights)
+        structure: dict[str, list[dict[str, float]]] = {"pred": [], "label": []}
+
+        def look(engine: Any) -> None:
+            for item in engine.state.output:
+                for key, rows in structure.items():
+                    rows.append(structure_of(item[key].argmax(0), len(item[key]), enclosed=self.enclosed))
+
+        with self.evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, look):
+            self.evaluator.run()
+        found: dict[str, Any] = {STRUCTURE: structure}
+        for metric, values in self.evaluator.state.metric_details.items():
+            table = torch.as_tensor(values).double().cpu().numpy()
+            table = table.reshape(len(table), -1)
+            found[metric] = np.where(np.isfinite(table), table, np.nan)
+        return found
 
     def _result(self) -> Any:
         weights = self.models.weights["adversary"]
@@ -105,26 +141,33 @@ class LookaheadReportHandler:
 
 
 def difference(after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    """Mean difference of the cases, (N, K) each, with its interval; and that of each class."""
-    with np.errstate(invalid="ignore"):  # infinite distances
-        gaps = after - before
-    gaps = np.where(np.isfinite(gaps), gaps, np.nan)
-    gaps = gaps[np.isfinite(gaps).any(1)]  # a case without any of the classes says nothing
-    rows = {"all": np.nanmean(gaps, 1), **{str(number + 1): column for number, column in enumerate(gaps.T)}}
+    """Mean difference of the patients, (P, K) each, with its interval; and that of each class."""
+    gaps = after - before
+    rows = {"all": _of_classes(gaps), **{str(number + 1): column for number, column in enumerate(gaps.T)}}
     found = {}
     for name, values in rows.items():
         values = values[np.isfinite(values)]
         if len(values):
             _, low, high = paired_bootstrap(values)
-            found[name] = {"mean": float(values.mean()), "interval": [low, high], "cases": len(values)}
+            found[name] = {"mean": float(values.mean()), "interval": [low, high], "patients": len(values)}
     return found
+
+
+def _of_classes(values: np.ndarray) -> np.ndarray:
+    """Mean over the classes, without the patients that have none."""
+    kept: np.ndarray = np.nanmean(values[~np.isnan(values).all(1)], 1)
+    return kept
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence: is it better, beyond what the control shows?"""
     changed = report["differences"]["after"][IOU]["all"]
     low, high = changed["interval"]
-    text = f"{report['cases']} cases: mean IoU {changed['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    text = f"{report['patients']} patients: mean IoU {changed['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
     control = report["differences"].get("control", {}).get(IOU, {}).get("all")
     if control is not None:
         text += (
@@ -136,7 +179,7 @@ def verdict(report: dict[str, Any]) -> str:
         return f"Better than the start: {text}."
     if high < 0:
         return f"Worse than the start: {text}."
-    return f"No improvement that these cases could show: {text}."
+    return f"No improvement that these patients could show: {text}."
 
 
 def draw_cycles(rows: list[dict[str, Any]]) -> Image.Image:

@@ -64,11 +64,13 @@ def test_a_search_its_control_and_an_exact_resume(bundle, run_bundle, cohort, st
     rows = read_table(tmp_path / "whole/cycles.csv")
     assert [row["search"] for row in rows] == ["adversary"] * 5 + ["noise"] * 5
     report = json.loads((tmp_path / "whole/report.json").read_text())
-    assert report["cases"] == 5 and {*report["differences"]} == {"after", "control"}
+    assert report["patients"] == 5 and {*report["differences"]} == {"after", "control"}
     assert (
         len(report["scores"]["before"]["val_mean_iou"]["of_classes"]) == 2
         and "val_hd95_voxels" in report["scores"]["after"]
     )
+    assert {*report["structure"]} == {"before", "after", "control", "label"}
+    assert report["structure"]["label"] == {"pieces": 0, "holes": 0}
     weights, first = (torch.load(path, weights_only=True) for path in (tmp_path / "whole/best.pt", start))
     assert all(torch.equal(weights[name], first[name]) for name in first) == (not report["accepted_peaks"]["adversary"])
     assert (tmp_path / "whole/cycles.png").stat().st_size > 1000 and not (tmp_path / "whole/model.pt").exists()
@@ -79,6 +81,21 @@ def test_what_it_is_compared_with(overlays, bundle, run_bundle, cohort, start, t
     given = {"datalist": cohort, "start_checkpoint": start, "output_dir": tmp_path, **SEARCH, "epochs": 4}
     run_bundle(bundle, ["train", *overlays], **given)
     assert json.loads((tmp_path / "report.json").read_text())["verdict"]
+
+
+@pytest.mark.parametrize("adversarial_weight", [1.0, 0.0])
+def test_constraints_beside_and_in_place_of_the_adversary(
+    adversarial_weight, bundle, run_bundle, cohort, start, read_table, tmp_path
+):
+    """Three axes, of a relation of the phantoms' two classes; without an adversary no discriminator is trained."""
+    given = {"datalist": cohort, "start_checkpoint": start, "output_dir": tmp_path, **SEARCH, "epochs": 4}
+    relation = {"relation#pairs": [[2, 1]], "relation_bounds": [[[0.0, 0.02]] * 3], "enclosed": [[2, 1]]}
+    weight = {"train#trainer#adversarial_weight": adversarial_weight}
+    workflow = run_bundle(bundle, ["train", "constraints"], **given, **relation, **weight)
+    assert workflow.trainer.loss_function.losses["relation"].last is not None
+    rows = read_table(tmp_path / "cycles.csv")
+    assert {row["discriminator_accuracy"] == "" for row in rows[1:]} == {adversarial_weight == 0}
+    assert "implausible" in json.loads((tmp_path / "report.json").read_text())["structure"]["after"]
 
 
 def test_a_start_of_another_network_names_its_layers(bundle, run_bundle, cohort, start, messages, tmp_path):
@@ -95,4 +112,4 @@ def test_a_part_that_is_too_small_is_named(section, bundle, run_bundle, cohort, 
     )
     with pytest.raises(Exception) as caught:
         run_bundle(bundle, datalist=datalist, start_checkpoint=start, output_dir=tmp_path / "run", **SEARCH)
-    assert f"{'holdout' if section == 'validation' else section}: expected at least 5 cases" in messages(caught.value)
+    assert f"{'holdout' if section == 'validation' else section}: expected at least 5 patients" in messages(caught.value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -14,9 +15,12 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 from medconstraints.engines import LookaheadTrainer, ValidationEvaluator
+from medconstraints.formulations import QuadraticPenalty
 from medconstraints.handlers import training_handlers
 from medconstraints.lookahead import Lookahead, LookaheadModels
+from medconstraints.losses import ConstraintLoss
 from medconstraints.networks import ClassSplitDiscriminator
+from medconstraints.statistics import soft_outside_extent
 
 
 def make_items(count, seed):
@@ -274,8 +278,8 @@ ABSENT = [{**item, "label": item["label"].clamp(max=1)} for item in make_items(8
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"holdout": make_items(3, 1)}, "holdout: expected at least 5 cases"),
-        ({"confirm": make_items(3, 2)}, "confirm: expected at least 5 cases"),
+        ({"holdout": make_items(3, 1)}, "holdout: expected at least 5 patients"),
+        ({"confirm": make_items(3, 2)}, "confirm: expected at least 5 patients"),
         ({"holdout": ABSENT}, r"holdout: expected .* each class in one of them, .* none with class \[2\]"),
         ({"confirm": make_items(8, 1)}, "confirm: expected patients that are not in holdout too, got 8 of both"),
         ({"holdout": make_items(8, 0)}, "holdout: expected patients that are not in training too, got 8 of both"),
@@ -288,3 +292,92 @@ ABSENT = [{**item, "label": item["label"].clamp(max=1)} for item in make_items(8
 def test_bad_input_is_named(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options).run()
+
+
+class Judge(nn.Module):
+    """Scores by one number: real maps above, predicted ones below, or the other way round."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.weight, self.answer = nn.Parameter(torch.zeros(1)), answer
+
+    def forward(self, image, maps):
+        return self.answer(image, maps) + 0 * self.weight
+
+
+def test_a_discriminator_that_tells_all_apart_is_reported_and_training_goes_on(make_trainer, caplog):
+    """Real maps have straight borders only here: it looks at the label itself."""
+    items = make_items(16, 0) + make_items(8, 1)
+    known = [nn.functional.one_hot(item["label"][0].long(), 3).movedim(-1, 0).float() for item in items]
+
+    def answer(image, maps):
+        return torch.tensor([any(torch.equal(one, other) for other in known) * 2.0 - 1 for one in maps])
+
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(discriminator=Judge(answer), mirror=False, max_epochs=3)
+        trainer.run()
+    assert "tells all label maps apart" in caplog.text
+    assert trainer.models.accuracy == 1 and trainer.models.holdout_accuracy == 1 and trainer.state.epoch == 3
+
+
+def test_a_discriminator_that_gets_no_better_on_the_hold_out_is_stopped_and_its_best_weights_come_back(make_trainer):
+    trainer = make_trainer(discriminator_steps=400, discriminator_accuracy=1.0, discriminator_patience=2)
+    accuracies, seen = iter([0.6, 0.7, 0.7, 0.65, 0.9]), []
+
+    def check(weights):
+        seen.append(copy.deepcopy(trainer.discriminator.state_dict()))
+        return next(accuracies)
+
+    trainer._holdout_accuracy = check
+    trainer.models.weights["adversary"]["g0"] = trainer._snapshot()
+    trainer.models.searches["adversary"].begin(0.5)
+    trainer._train_discriminator()
+    assert len(seen) == 4 and trainer.models.holdout_accuracy == 0.7
+    assert same(trainer.discriminator.state_dict(), seen[1]) and not same(seen[1], seen[3])
+
+
+def test_the_hold_out_accuracy_is_that_of_real_and_predicted_maps(make_trainer):
+    trainer = make_trainer(discriminator=Judge(lambda image, maps: torch.ones(len(maps))))
+    weights = [trainer.network.state_dict()] * 2
+    assert trainer._holdout_accuracy(weights) == 0.5  # all real ones are right, and none of the predicted
+    trainer.discriminator.answer = lambda image, maps: -torch.ones(len(maps))
+    assert trainer._holdout_accuracy(weights) == 0.5
+
+
+def test_mirrored_maps_stay_with_their_images(make_trainer):
+    trainer, seen = make_trainer(), []
+    trainer.discriminator.register_forward_pre_hook(lambda module, given: seen.append(given))
+    image = torch.rand(2, 1, 32, 32)
+    for _ in range(16):
+        trainer._judge_batch(image, (image > 0.5).float(), (image > 0.7).long())
+    shown = {tuple(given[0].flatten().tolist()) for given in seen}
+    assert len(shown) == 4  # no axis, each, and both
+    for (first, real), (second, fake) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(real[:, 1:2], (first > 0.5).float()) and torch.equal(fake[:, 1:2], (first > 0.7).float())
+
+
+def test_a_loss_of_the_discriminator_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer(discriminator=Judge(lambda image, maps: torch.full((len(maps),), torch.nan)))
+    with pytest.raises(RuntimeError, match="discriminator: its loss is nan"):
+        trainer.run()
+
+
+def test_constraints_in_place_of_the_adversary_train_no_discriminator(make_trainer):
+    loss = ConstraintLoss(
+        functools.partial(soft_outside_extent, pairs=[[2, 1]], along_lines=True),
+        QuadraticPenalty(),
+        softmax=True,
+        normalization="none",
+    )
+    items = make_items(16, 0)
+    for item in items:
+        item["bounds"] = torch.tensor([[[0.0, 0.02], [0.0, 0.02]]])
+    trainer = make_trainer(
+        loss_function=loss, loss_weight=1.0, adversarial_weight=0.0, dataset=Dataset(items), noise=True
+    )
+    before = copy.deepcopy(trainer.discriminator.state_dict())
+    trainer.run()
+    assert same(before, trainer.discriminator.state_dict())
+    assert {row["search"] for row in trainer.models.rows} == {"adversary", "noise"}
+    assert loss.last is not None

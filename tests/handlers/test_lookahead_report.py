@@ -11,16 +11,16 @@ def report(after, control=None, peaks=1):
         return {"val_mean_iou": {"all": {"mean": values[0], "interval": list(values[1:])}}}
 
     differences = {"after": found(after), **({"control": found(control)} if control else {})}
-    return {"cases": 20, "differences": differences, "accepted_peaks": {"adversary": peaks}}
+    return {"patients": 20, "differences": differences, "accepted_peaks": {"adversary": peaks}}
 
 
 @pytest.mark.parametrize(
     ("after", "control", "peaks", "words"),
     [
-        ((0.02, 0.01, 0.03), (0.001, -0.01, 0.01), 1, "Better than the start: 20 cases: mean IoU +0.0200"),
+        ((0.02, 0.01, 0.03), (0.001, -0.01, 0.01), 1, "Better than the start: 20 patients: mean IoU +0.0200"),
         ((0.02, 0.01, 0.03), None, 1, "Better than the start"),
-        ((0.02, 0.01, 0.03), (0.03, 0.01, 0.05), 1, "No improvement that these cases could show"),
-        ((0.02, -0.01, 0.03), None, 1, "No improvement that these cases could show"),
+        ((0.02, 0.01, 0.03), (0.03, 0.01, 0.05), 1, "No improvement that these patients could show"),
+        ((0.02, -0.01, 0.03), None, 1, "No improvement that these patients could show"),
         ((-0.02, -0.03, -0.01), None, 1, "Worse than the start"),
         ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0, "No peak was better on the confirm part: the result is the start."),
     ],
@@ -33,8 +33,8 @@ def test_the_verdict(after, control, peaks, words):
 def test_differences_are_of_pairs_and_leave_out_what_is_not_there():
     before = np.array([[0.5, np.nan], [0.6, 0.4], [0.7, 0.5], [np.nan, np.nan]])
     found = difference(before + np.array([[0.1, 0.2]]), before)
-    assert found["1"]["mean"] == pytest.approx(0.1) and found["1"]["cases"] == 3
-    assert found["2"]["mean"] == pytest.approx(0.2) and found["2"]["cases"] == 2
+    assert found["1"]["mean"] == pytest.approx(0.1) and found["1"]["patients"] == 3
+    assert found["2"]["mean"] == pytest.approx(0.2) and found["2"]["patients"] == 2
     assert found["all"]["mean"] == pytest.approx((0.1 + 0.15 + 0.15) / 3)
     assert found["1"]["interval"] == pytest.approx([0.1, 0.1])
 
