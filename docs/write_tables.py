@@ -503,38 +503,61 @@ def end_to_end(*, told: bool) -> str:
     return paragraphs(*parts, text + (intervals if told else "") + ".")
 
 
-LOOKAHEAD = {"acdc": "Heart, slices", "hippocampus": "Hippocampus, volumes"}
+# set: title, classes
+LOOKAHEAD = {
+    "acdc": ("Heart, slices", ["right ventricle", "myocardium", "left ventricle"]),
+    "hippocampus": ("Hippocampus, volumes", ["anterior", "posterior"]),
+}
+STRUCTURE = {"pieces": "Pieces too many", "holes": "Holes", "implausible": "Not enclosed"}
 
 
 def lookahead() -> str:
-    """Change of mean IoU and HD95 on the reported part, of each run."""
+    """Of each run on the reported part: the change of mean IoU, IoU and HD95 of each class, and the structure."""
     content, parts = load("lookahead.json"), []
-    for name, title in LOOKAHEAD.items():
-        rows = []
-        for label, runs in content["results"].get(name, {}).items():
-            for run in runs:
-                gaps = {key: run["differences"].get(key, {}).get("val_mean_iou") for key in ("after", "control")}
-                cells = []
-                for found in gaps.values():
-                    ends = "" if found is None else ", ".join(map(signed, found["all"]["interval"]))
-                    cells.append("-" if found is None else f"{signed(found['all']['mean'])} [{ends}]")
-                scores = run["scores"]
-                hd95 = [f"{scores[when]['val_hd95_voxels']['mean']:.1f}" for when in ("before", "after")]
-                before = f"{scores['before']['val_mean_iou']['mean']:.3f}"
-                peaks = "-" if "alternating" in label else str(run["accepted_peaks"]["adversary"])
-                rows.append([label, str(run["seed"]), before, *cells, " -> ".join(hd95), peaks])
-        if rows:
-            cases = next(iter(content["results"][name].values()))[0]["cases"]
-            header = [
-                f"{title}, {cases} cases",
-                "Seed",
-                "Start",
-                "Change of mean IoU",
-                "of the control",
-                "HD95 (voxels)",
-            ]
-            parts.append(markdown_table([*header, "Accepted peaks"], rows))
-    return paragraphs(*parts, f"`{content['command']}`, {content['date']}.")
+    for name, (title, classes) in LOOKAHEAD.items():
+        runs = [(label, run) for label, runs in content["results"].get(name, {}).items() for run in runs]
+        if not runs:
+            continue
+        header = [f"{title}, {runs[0][1]['patients']} patients", "Seed"]
+        named = [f"{measure}, {cls}" for measure in ("IoU", "HD95") for cls in classes]
+        changes = ["Start", "Change of mean IoU", "of the control", "Accepted peaks"]
+        parts.append(markdown_table([*header, *changes], [_change_of_iou(*run) for run in runs]))
+        parts.append(markdown_table([*header, *named], [_of_classes(*run) for run in runs]))
+        measured = [key for key in STRUCTURE if key in runs[0][1]["structure"]["label"]]
+        table = [_structure(*run, measured) for run in runs]
+        reference = [f"{runs[0][1]['structure']['label'][key]:.2f}" for key in measured]
+        named = [STRUCTURE[key] for key in measured]
+        parts.append(markdown_table([*header, *named], [["the references", "", *reference], *table]))
+    return paragraphs(*parts, f"`{content['command']}`, {content['date']}. HD95 in voxels; start -> result.")
+
+
+def _change_of_iou(label: str, run: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for key in ("after", "control"):
+        found = run["differences"].get(key, {}).get("val_mean_iou")
+        ends = "" if found is None else ", ".join(map(signed, found["all"]["interval"]))
+        cells.append("-" if found is None else f"{signed(found['all']['mean'])} [{ends}]")
+    before = f"{run['scores']['before']['val_mean_iou']['mean']:.3f}"
+    return [
+        label,
+        str(run["seed"]),
+        before,
+        *cells,
+        "-" if "alter" in label else str(run["accepted_peaks"]["adversary"]),
+    ]
+
+
+def _of_classes(label: str, run: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for metric, digits in (("val_mean_iou", 3), ("val_hd95_voxels", 1)):
+        before, after = (run["scores"][when][metric]["of_classes"] for when in ("before", "after"))
+        cells += [f"{one:.{digits}f} -> {other:.{digits}f}" for one, other in zip(before, after, strict=True)]
+    return [label, str(run["seed"]), *cells]
+
+
+def _structure(label: str, run: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
+    before, after = (run["structure"][when] for when in ("before", "after"))
+    return [label, str(run["seed"]), *(f"{before[key]:.2f} -> {after[key]:.2f}" for key in measured)]
 
 
 SEMI_SUPERVISED = [

@@ -38,9 +38,11 @@ ROWS: dict[str, tuple[list[str], str]] = {
 START, SHIPPED = "start", {"hippocampus": "bundles/boundary_loss/models/model.pt"}  # a start that is there already
 # set: base configs, options of all, epochs of the start, evaluations, seeds
 SETS: dict[str, tuple[list[str], str, int, int, int]] = {
-    "acdc": (["train", "images"], "--patch_size [96,96] --enclosed [[3,2]]", 40, 100, 3),
-    "hippocampus": (["train"], "", 0, 24, 1),
+    "acdc": (["train", "images"], "--patch_size [96,96]", 40, 100, 3),
+    "hippocampus": (["train"], "--train#trainer#discriminator_steps 60", 0, 16, 1),
 }
+SEARCHES = {"acdc": "--enclosed [[3,2]]"}  # of all rows but the start
+ONLY = {"hippocampus": ["lookahead", "alternating"]}  # rows of a set, where not all
 SLICES, SIDE, CROP = 4, 96, 160
 
 
@@ -102,6 +104,7 @@ def command(dataset: str, row: str, seed: int) -> list[str]:
     run += ["--epochs", str(budget), "--seed", str(seed), *shlex.split(options), *shlex.split(more)]
     if row == START:
         return [*run, "--val_interval", "2"]
+    run += shlex.split(SEARCHES.get(dataset, ""))
     return [*run, "--start_checkpoint", SHIPPED.get(dataset, f"runs/{name_of(dataset, START, seed)}/model.pt")]
 
 
@@ -174,7 +177,7 @@ def main() -> None:
                 list(
                     pool.map(lambda one, at=seed: run_one(one, START, at), [one for one in sets if one not in SHIPPED])
                 )
-                rows = [(dataset, row) for dataset in sets for row in ROWS]
+                rows = [(dataset, row) for dataset in sets for row in ONLY.get(dataset, ROWS)]
                 list(pool.map(lambda one, at=seed: run_one(*one, at), rows))
     args.output.write_text(json.dumps(collect(), indent=1) + "\n")
     sys.stdout.write(f"written to {args.output}\n")

@@ -1,5 +1,6 @@
 """Runs that are killed again and again, while they train and while they write, end as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import medconstraints.handlers.resume as resume
+from medconstraints.synthetic import make_cohort
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +56,10 @@ RUNS = {
             "regressor_def#features": 8,
         },
     ),
+    "lookahead_adversarial": (
+        ["train"],
+        {"eval_every": 1, "discriminator_def#body#channels": 4, "train#trainer#discriminator_steps": 3},
+    ),
 }
 KILLS, KILLS_WHILE_WRITING = 20, 10
 
@@ -96,21 +102,38 @@ def ended(child):
 
 def final(folder):
     state = torch.load(folder / "last.pt", weights_only=True)
-    best = torch.load(folder / "model.pt", weights_only=True)
+    best = torch.load(next(folder.glob("[mb]*.pt")), weights_only=True)  # model.pt, or best.pt of a search
     state.pop("settings")
     return {name: tensor for name, tensor in resume._tensors({"last": state, "best": best})}, state["trainer"]
 
 
+@pytest.fixture
+def search_cohort(tmp_path):
+    """Parts that are large enough for the intervals of a search."""
+    path = make_cohort(
+        tmp_path / "parts", shape=(24, 24, 16), num_classes=2, num_training=4, num_validation=10, num_test=5
+    )
+    content = json.loads(path.read_text())
+    content["confirm"], content["validation"] = content["validation"][5:], content["validation"][:5]
+    path.write_text(json.dumps(content))
+    return path
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_is_killed_over_and_over(name, bundles_root, run_bundle, two_class_cohort, tmp_path):
+def test_a_run_that_is_killed_over_and_over(name, bundles_root, run_bundle, request, parsed, tmp_path):
     configs, options = RUNS[name]
+    datalist = request.getfixturevalue("search_cohort" if name.startswith("lookahead") else "two_class_cohort")
+    if name.startswith("lookahead"):
+        network = parsed(bundles_root / name, "train", "network_def", **TINY)
+        torch.save(network.state_dict(), tmp_path / "start.pt")
+        options = {**options, "start_checkpoint": str(tmp_path / "start.pt")}
     bundle, draws = bundles_root / name.split(",")[0], random.Random(0)
 
     def start(folder, before=lambda: None):
         def work():
             torch.set_num_threads(1)
             before()
-            run_bundle(bundle, configs, datalist=two_class_cohort, output_dir=tmp_path / folder, **TINY, **options)
+            run_bundle(bundle, configs, datalist=datalist, output_dir=tmp_path / folder, **TINY, **options)
 
         return in_child(work)
 

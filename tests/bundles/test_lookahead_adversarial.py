@@ -112,4 +112,6 @@ def test_a_part_that_is_too_small_is_named(section, bundle, run_bundle, cohort, 
     )
     with pytest.raises(Exception) as caught:
         run_bundle(bundle, datalist=datalist, start_checkpoint=start, output_dir=tmp_path / "run", **SEARCH)
-    assert f"{'holdout' if section == 'validation' else section}: expected at least 5 patients" in messages(caught.value)
+    assert f"{'holdout' if section == 'validation' else section}: expected at least 5 patients" in messages(
+        caught.value
+    )
