@@ -23,6 +23,7 @@ from medconstraints.transforms.common_bounds import fit_common_bounds, load_comm
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
+from medconstraints.transforms.filled_boxes import FilledBoxesd, fill_boxes
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
@@ -44,6 +45,7 @@ __all__ = [
     "DecodeDistanceMapd",
     "DenseCRFd",
     "Erosion",
+    "FilledBoxesd",
     "HybridLabeld",
     "ItemToBoundsd",
     "LabelToBoundsd",
@@ -65,6 +67,7 @@ __all__ = [
     "bounds_transforms",
     "box_transforms",
     "class_transforms",
+    "fill_boxes",
     "fit_common_bounds",
     "intensity_transforms",
     "label_to_bounds",

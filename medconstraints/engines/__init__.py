@@ -10,6 +10,7 @@ from medconstraints.engines.mask_to_image import MaskToImageTrainer
 from medconstraints.engines.mean_teacher import PrepareBatchTeacher
 from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.engines.regression import PrepareBatchStatistics, RegressionEvaluator, RegressionStage
+from medconstraints.engines.relabel import BoxProposals, RelabelTrainer
 from medconstraints.engines.saflex import SaflexTrainer
 from medconstraints.engines.statistic_predictions import StatisticPredictions
 from medconstraints.engines.training import TargetTrainer
@@ -17,6 +18,7 @@ from medconstraints.engines.validation import ValidationEvaluator
 
 __all__ = [
     "BilevelTrainer",
+    "BoxProposals",
     "ClassificationEvaluator",
     "EndToEndTrainer",
     "GuidedTrainer",
@@ -27,6 +29,7 @@ __all__ = [
     "PrepareBatchTeacher",
     "RegressionEvaluator",
     "RegressionStage",
+    "RelabelTrainer",
     "SaflexTrainer",
     "StatisticPredictions",
     "TargetTrainer",

@@ -681,3 +681,22 @@ def test_box_files_that_cannot_be_used(bundle, run_bundle, own_cohort, tmp_path)
         run_bundle(bundle, dataset_dir=folder, output_dir=tmp_path / "run", box_source="files", **TRAIN)
     assert box_file.name in chain(caught.value)
     assert "BoxFileError" in chain(caught.value)
+
+
+# DeepCut
+
+
+def test_deepcut(bundle, run_bundle, two_class_cohort, cut_off, tmp_path):
+    """Two rounds, the second with other labels; a kill in it leaves no trace."""
+    options = {key: value for key, value in TRAIN.items() if key not in ("filling", "jitter_voxels")}
+    options |= {"num_classes": 3, "epochs": 3, "relabel_every": 2, "dataset_dir": two_class_cohort.parent}
+    whole = run_bundle(bundle, ["train", "deepcut"], **options, output_dir=tmp_path / "whole")
+    with pytest.raises(Exception, match=r"cut off|Failed"):
+        run_bundle(bundle, ["train", "deepcut"], **options, output_dir=tmp_path / "cut", before_run=cut_off(3, 5))
+    run_bundle(bundle, ["train", "deepcut"], **options, output_dir=tmp_path / "cut")
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["objects"] for name in ("whole", "cut")]
+    assert same_weights(states[0]["network"], states[1]["network"])
+    assert {*states[0]["proposals"]} == {"0", "1", "2", "3"}
+    for item in whole.trainer.proposal_dataset:
+        proposal, filled = states[0]["proposals"][str(item["index"])], item["filled"][0]
+        assert not ((proposal > 0) & (proposal != filled)).any()
