@@ -1,8 +1,8 @@
 """DeepCut against the box prior: Dice of each epoch on the hippocampus, with tight boxes and with a margin.
 
-Run it in a folder of its own with links `data` (with `hippocampus.json`) and `bundles`. Every training is a command line
-of its own, written to `commands.txt`; runs that are there already are left out, so a study that was stopped goes on. Cut
-to a part of the training volumes, to two rounds of DeepCut, and to one seed. Boxes are those of coronal slices.
+Run it in a folder of its own with links `data` (with `hippocampus.json`) and `bundles`. Every training is a command
+line of its own, written to `commands.txt`; runs that are there already are left out, so a study that was stopped goes
+on. Cut to a part of the training volumes, to two rounds of DeepCut, and to one seed. Boxes are of coronal slices.
 """
 
 from __future__ import annotations
