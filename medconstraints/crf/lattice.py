@@ -68,7 +68,7 @@ class PermutohedralLattice:
         """Weighted sums of the values (N, C) of all points, at each of them; differentiable."""
         if values.dim() != 2 or len(values) != len(self._index):
             raise ValueError(f"values: expected ({len(self._index)}, C), got shape {tuple(values.shape)}.")
-        filtered: Tensor = _Filter.apply(values, self)  # type: ignore[no-untyped-call]
+        filtered: Tensor = _Filter.apply(values, self)
         return filtered
 
     def _apply(self, values: Tensor, *, reverse: bool) -> Tensor:
@@ -87,12 +87,12 @@ def _sums(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = 
 
 class _Filter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, lattice: PermutohedralLattice) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, lattice: PermutohedralLattice) -> Tensor:
         ctx.lattice = lattice
         return lattice._apply(values, reverse=False).to(values.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.lattice._apply(gradient, reverse=True).to(gradient.dtype), None
 
 

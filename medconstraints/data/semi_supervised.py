@@ -69,7 +69,8 @@ def semi_supervised_items(
                 "belongs to one of them."
             )
     chosen = _chosen(owners["training"], ["label" in item for item in sections["training"]], fully_labelled)
-    full, bare = [], []
+    full: list[dict[str, Any]] = []
+    bare: list[dict[str, Any]] = []
     for item, owner in zip(sections["training"], owners["training"], strict=True):
         (full if owner in chosen else bare).append(item)
     unlabelled: Sequence[dict[str, Any]]

@@ -244,11 +244,11 @@ class StatisticPredictions:
             known = all(key in batch for key in self.regressor.keys)
             true = self.regressor.targets(batch).numpy() if known else np.full(values.shape, np.nan)
             voxels = [np.nan if affine is None else _voxel_ml(affine) for affine in affines]
-            for part, more in zip(found, (values, spread, true, np.array(voxels)), strict=True):
-                part.append(more)
+            for rows, more in zip(found, (values, spread, true, np.array(voxels)), strict=True):
+                rows.append(more)
         self.regressor.train(training)
         empty = np.empty((0, len(self.regressor.names)))
-        values, spread, true, voxels_ml = (np.concatenate(part) if part else empty for part in found)
+        values, spread, true, voxels_ml = (np.concatenate(rows) if rows else empty for rows in found)
         return cases, values, spread, true, voxels_ml
 
     def _errors(self) -> dict[str, Any]:
