@@ -34,6 +34,10 @@ ROWS: dict[str, tuple[list[str], str]] = {
     "lookahead, with cross-entropy": (["hybrid"], ""),
     "lookahead, with constraints": (["constraints"], ""),
     "constraints in place of the adversary": (["constraints"], "--train#trainer#adversarial_weight 0.0"),
+    "constraints in its place, ten times the rate": (
+        ["constraints"],
+        "--train#trainer#adversarial_weight 0.0 --learning_rate 0.002",
+    ),
 }
 START, SHIPPED = "start", {"hippocampus": "bundles/boundary_loss/models/model.pt"}  # a start that is there already
 # set: base configs, options of all, epochs of the start, evaluations, seeds
