@@ -80,12 +80,21 @@ VOLUMES = {
         {"config_files": ["train.json"], "levels": 3, "augmentation": "combined", "epochs": 150, "seed": 0},
     ),
 }
+FEW = {"config_files": ["train.json"], "fully_labelled": 10, "epochs": 10, "seed": 0}
+FEW_SEGMENTED = {
+    "Ten segmented, labels alone": Row("curriculum_size_hippocampus_labelled.json", {**FEW, "supervision": "labelled"}),
+    "Ten segmented, regressed sizes of the others (shipped weights)": Row(
+        "curriculum_size_hippocampus.json", {**FEW, "supervision": "curriculum"}
+    ),
+    "All 168 segmented": EVERY_VOXEL,
+}
 SHIPPED = {
     "box_prior": BOXES["A box per slice (shipped weights)"],
     "size_constraint": POINTS,
     "boundary_loss": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "log_barrier": BARRIER["Points, sizes and centroids, log-barrier (shipped weights)"],
     "bilevel_augmentation": Row("bilevel_augmentation_hippocampus.json", {"config_files": ["train.json"], "seed": 0}),
+    "curriculum_size": FEW_SEGMENTED["Ten segmented, regressed sizes of the others (shipped weights)"],
     "e2e_augmentation": VOLUMES["The same and generated pairs, levels 3 (shipped weights)"],
     "lookahead_adversarial": BOUNDARY["Generalised Dice and boundary, alpha to 0.3 (shipped weights)"],
     "saflex": Row("saflex_hippocampus.json", {"config_files": ["train.json"], "upstream": "randaugment", "seed": 0}),
@@ -842,7 +851,10 @@ def all_tables() -> dict[str, dict[str, str]]:
         "volumes": scores(VOLUMES),
     }
     tables["bundles/lookahead_adversarial/docs/README.md"] = {"lookahead": lookahead()}
-    tables["bundles/curriculum_size/docs/README.md"] = {"curriculum": curriculum()}
+    tables["bundles/curriculum_size/docs/README.md"] = {
+        "curriculum": curriculum(),
+        "volumes": scores(FEW_SEGMENTED),
+    }
     tables["docs/augmentation.md"] = {
         "study": learned(told=True),
         "more": learned_more(),
