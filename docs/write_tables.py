@@ -531,13 +531,15 @@ def lookahead() -> str:
         named = [f"{measure}, {cls}" for measure in ("IoU", "HD95") for cls in classes]
         changes = ["Start", "Change of mean IoU", "of the control", "Accepted peaks"]
         parts.append(markdown_table([*header, *changes], [_change_of_iou(*run) for run in runs]))
-        parts.append(markdown_table([*header, *named], [_of_classes(*run) for run in runs]))
+        moved = [(label, run) for label, run in runs if run["differences"]["after"]["val_mean_iou"]["all"]["mean"]]
+        parts.append(markdown_table([*header, *named], [_of_classes(*run) for run in moved]))
         measured = [key for key in STRUCTURE if key in runs[0][1]["structure"]["label"]]
-        table = [_structure(*run, measured) for run in runs]
+        table = [_structure(*run, measured) for run in moved]
         reference = [f"{runs[0][1]['structure']['label'][key]:.2f}" for key in measured]
         named = [STRUCTURE[key] for key in measured]
         parts.append(markdown_table([*header, *named], [["the references", "", *reference], *table]))
-    return paragraphs(*parts, f"`{content['command']}`, {content['date']}. HD95 in voxels; start -> result.")
+    told = "HD95 in voxels; start -> result, of the rows whose result is not the start itself."
+    return paragraphs(*parts, f"`{content['command']}`, {content['date']}. {told}")
 
 
 def _change_of_iou(label: str, run: Mapping[str, Any]) -> list[str]:
