@@ -614,22 +614,6 @@ def _of_seeds(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
-def deepcut() -> str:
-    """Validation Dice of the box prior and of DeepCut, over the last epochs and at its best."""
-    content = load("deepcut.json")
-    rows = []
-    for run in content["runs"]:
-        found = content["summary"][f"{run['row']}, margin {run['margin_voxels']}"]
-        last = f"{found['val_mean_dice_mean']:.3f} ({found['val_mean_dice_sd']:.3f})"
-        first = f"{max(run['dice'][: content['every']]):.3f}"
-        best = f"{max(run['dice']):.3f}"
-        rows.append([run["row"], str(run["margin_voxels"]), last, best, first, f"{run['seconds'] / 60:.0f} min"])
-    last = f"Last {content['last']} epochs, mean (sd)"
-    header = ["", "Margin, voxels", last, "Best epoch", f"Best of the first {content['every']}", "Time, 1 thread"]
-    cut = f"{content['volumes']} training volumes, {content['epochs']} epochs, one seed"
-    return paragraphs(markdown_table(header, rows), f"{cut}; `{content['command']}`, {content['date']}.")
-
-
 # Benchmarks
 
 
@@ -840,7 +824,7 @@ def update_metadata(bundle: str, *, check: bool) -> bool:
 def all_tables() -> dict[str, dict[str, str]]:
     """Text of each table, by page and name."""
     pages = {
-        "box_prior": {"results": scores(BOXES), "goal": goal(BOXES), **filling(), "deepcut": deepcut()},
+        "box_prior": {"results": scores(BOXES), "goal": goal(BOXES), **filling()},
         "size_constraint": {"results": scores(SIZES), "goal": goal(SIZES), **acdc()},
         "log_barrier": {"results": scores(BARRIER), "goal": goal(BARRIER), **toy()},
         "boundary_loss": {"results": scores(BOUNDARY), "lesions": lesions(), "alpha": alphas(), "acdc": heart()},
