@@ -102,17 +102,13 @@ class RegressionStage:
 
     def dataset(self, part: str, *, augmented: bool = False) -> Any:
         """Images of a part, with their statistics where they have a label."""
-        statistics = self.regressor.statistics
-        targets = [] if part == "unlabelled" else statistic_transforms(statistics, num_classes=self.num_classes)
-        keys = ["image", "case", "slice", *([] if part == "unlabelled" else self.regressor.keys)]
-        steps = [*targets, SelectItemsd(keys, allow_missing_keys=True)]
+        keys, steps = ["image", "case", "slice"], []
+        if part != "unlabelled":
+            steps = statistic_transforms(self.regressor.statistics, num_classes=self.regressor.num_classes)
+            keys += self.regressor.keys
+        steps.append(SelectItemsd(keys, allow_missing_keys=True))
         items = self.items[checks.choice("part", part, PARTS)]
         return self.make_dataset(items, self.steps, [*(self.augmentation if augmented else []), *steps])
-
-    @property
-    def num_classes(self) -> int:
-        """Of the segmentation."""
-        return self.regressor.num_classes
 
     def run(self) -> None:
         """Train, or go on with a training that was killed."""

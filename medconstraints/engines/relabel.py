@@ -88,7 +88,7 @@ class RelabelTrainer(TargetTrainer):
         options: the other arguments of `TargetTrainer`.
 
     Raises:
-        ValueError: several processes, or no box in any image of a round.
+        ValueError: several processes, or an argument is outside its range.
     """
 
     def __init__(

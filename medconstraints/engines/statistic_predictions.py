@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -147,7 +148,7 @@ class StatisticPredictions:
     def _may_be_absent(self, lower: np.ndarray) -> tuple[str, np.ndarray] | None:
         """Name of the size among the statistics, and the classes without a voxel for sure: these have no place."""
         for block in self.regressor.blocks:
-            if is_never_negative(self.regressor.statistics[block.name], size=True):
+            if self._is_size(block):
                 return block.name, _table(lower[block.values], block)[:, 0] < 1
         return None
 
@@ -163,7 +164,7 @@ class StatisticPredictions:
             return
         then, now = (torch.as_tensor(affine, dtype=torch.float64) for affine in (row["affine"], image.affine))
         moved = not torch.allclose(then, now, atol=1e-3)
-        if moved and not all(self._keeps(block) for block in self.regressor.blocks):
+        if moved and not self._survives_flips:
             raise ValueError(
                 f"{row['image']}: was turned, flipped or moved after the regressor saw it, and its statistics say "
                 "where a class is; leave spatial augmentation out, or regress sizes alone."
@@ -171,13 +172,16 @@ class StatisticPredictions:
         if moved and not math.isclose(float(then.det().abs()), float(now.det().abs()), rel_tol=1e-3):
             raise ValueError(f"{row['image']}: was resampled after the regressor saw it; leave zooms out.")
 
-    def _keeps(self, block: StatisticBlock) -> bool:
-        """Whether a flip leaves a statistic as it is: tried out."""
-        probs = torch.rand(
-            1, block.rows.stop, *[3] * len(self.regressor.image_size), generator=torch.Generator().manual_seed(0)
+    @functools.cached_property
+    def _survives_flips(self) -> bool:
+        """Whether a flip leaves all statistics as they are: tried out, once."""
+        shape = 1, self.regressor.num_classes, *[3] * len(self.regressor.image_size)
+        probs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        return all(
+            torch.allclose(statistic(probs), statistic(probs.flip(axis)))
+            for statistic in self.regressor.statistics.values()
+            for axis in range(2, probs.dim())
         )
-        statistic = self.regressor.statistics[block.name]
-        return all(torch.allclose(statistic(probs), statistic(probs.flip(axis))) for axis in range(2, probs.dim()))
 
     def _identity(self) -> dict[str, Any]:
         """What the file depends on."""

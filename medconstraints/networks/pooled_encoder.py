@@ -14,8 +14,7 @@ __all__ = ["PooledEncoder"]
 class PooledEncoder(nn.Sequential):
     """Images (B, C, *S) to features (B, channels[-1]), wherever in the image they come from.
 
-    With few images to learn from, MONAI's `Regressor` learns by heart what is where, in a layer with a weight for each
-    position, and its residual and dense networks begin with coarse features.
+    MONAI's `Regressor` ends in a layer with a weight for each position; a mean over them has none to learn by heart.
 
     Args:
         spatial_dims: 2 or 3.
