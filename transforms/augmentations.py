@@ -47,6 +47,8 @@ def affine_transforms(
     rotation_deg: float = 0.0,
     log_scale: float = 0.0,
     flip_axis: int | None = None,
+    prob: float = 1.0,
+    padding_mode: str = "border",
 ) -> Chain:
     """Random translation, rotation and scale within fixed ranges, and flips of one axis.
 
@@ -60,16 +62,19 @@ def affine_transforms(
         rotation_deg: largest about each axis.
         log_scale: largest absolute logarithm of the scale along each axis, to first order.
         flip_axis: spatial axis that is mirrored in half of the cases, None for none.
+        prob: share of the cases that are moved. Where other images are never moved, leave a share of these as they are,
+            and pad as the frame is padded: a network that can tell the two apart treats them differently.
+        padding_mode: what comes in from outside, "border" or "zeros".
     """
     chain: Chain = [
         RandAffined(
             keys,
-            prob=1.0,
+            prob=prob,
             translate_range=[translation_voxels] * spatial_dims,
             rotate_range=[np.deg2rad(rotation_deg)] * (1 if spatial_dims == 2 else 3),
             scale_range=[log_scale] * spatial_dims,
             mode=_modes(keys),
-            padding_mode="border",
+            padding_mode=padding_mode,
         )
     ]
     return chain if flip_axis is None else [*chain, RandFlipd(keys, prob=0.5, spatial_axis=flip_axis)]

@@ -46,6 +46,14 @@ def test_translation_stays_in_its_range_and_an_axis_is_mirrored_on_demand():
     assert {round(float(centre[1])) for centre in centres} == {10}
 
 
+def test_a_share_of_the_cases_stays_as_it_is_and_zeros_come_in():
+    chain = affine_transforms(2, keys=["label"], translation_voxels=20.0, prob=0.5, padding_mode="zeros")
+    transform, given = Compose(chain).set_random_state(seed=0), {"label": torch.ones(1, 24, 24)}
+    found = [transform(given)["label"] for _ in range(40)]
+    moved = [one for one in found if (one != 1).any()]
+    assert 10 <= len(moved) <= 30 and all(set(one.unique().tolist()) == {0.0, 1.0} for one in moved)
+
+
 def test_classes_have_no_label_map():
     transform = Compose(nnunet_transforms(2, keys=["image"], mirror_axes=[1])).set_random_state(seed=1)
     images = [np.asarray(transform({"image": item(2)["image"], "label": 1})["image"]) for _ in range(5)]
