@@ -16,6 +16,9 @@ from medconstraints.crf import dense_crf
 __all__ = ["DenseCRFd"]
 
 
+SUM_TOLERANCE = 1e-2  # half precision
+
+
 class DenseCRFd(MapTransform):
     """Mean field of a dense CRF on class probabilities, see `medconstraints.crf.dense_crf`.
 
@@ -71,6 +74,11 @@ class DenseCRFd(MapTransform):
         low, high = float(probabilities.min()), float(probabilities.max())
         if low < 0 or high > 1 + 1e-3:
             raise ValueError(f"{name}: expected probabilities under {self.key!r}, got {low:.3g} to {high:.3g}.")
+        if len(probabilities) < 2 or (probabilities.sum(0) - 1).abs().max() > SUM_TOLERANCE:
+            raise ValueError(
+                f"{name}: expected probabilities of two classes or more that sum to 1 under {self.key!r} (a softmax, "
+                f"with the background), got {len(probabilities)} channels; a sigmoid p becomes two channels, 1 - p and p."
+            )
         spacing = checks.affine_spacing(image, name) if isinstance(image, MetaTensor) else None
         try:
             refined = dense_crf(probabilities[None], image[None], spacing_mm=spacing, **self.options)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,7 @@ def semi_supervised_transforms(
     statistics: Mapping[str, Callable[..., Tensor]],
     num_classes: int,
     predictions: Any,
+    read_keys: Sequence[str],
     margin: float = 0.1,
     foreground_only: bool = False,
 ) -> list[Callable[..., Any]]:
@@ -123,10 +124,22 @@ def semi_supervised_transforms(
         statistics: name -> statistic that is bounded.
         num_classes: of the label.
         predictions: see `PredictedBoundsd`.
+        read_keys: what the loss reads of a batch.
         margin: share of the oracle's bounds.
         foreground_only: see `HybridLabeld`.
+
+    Raises:
+        ValueError: the loss does not read what the supervision gives, or reads what it does not give.
     """
     checks.choice("supervision", supervision, SUPERVISION)
+    bounded = any(f"{name}_bounds" in read_keys for name in statistics)
+    if supervision in ("curriculum", "oracle") and not bounded:
+        raise ValueError(
+            f"supervision: {supervision!r} bounds {', '.join(statistics)}, but the loss reads {', '.join(read_keys)} "
+            "alone; leave mean_teacher.json out, or the supervision as it sets it."
+        )
+    if supervision == "mean_teacher" and bounded:
+        raise ValueError("supervision: 'mean_teacher' needs its loss and its teacher; put mean_teacher.json behind.")
     level = "individual" if supervision == "oracle" else "none"
     bounds: list[Callable[..., Any]] = (
         [PredictedBoundsd(predictions)]

@@ -170,13 +170,16 @@ def dense_crf(
         kernels.append((spatial_weight, spatial_kernel(image.shape[2:], near, spacing_mm, image.device)))
     checks.number("weight", weight, least=0)
     found = []
-    for one, picture in zip(probabilities, image, strict=True):
-        own = list(kernels)
-        if weight:
-            features = bilateral_features(picture, sigma=sigma, intensity_sigma=intensity_sigma, spacing_mm=spacing_mm)
-            own.append((weight, bilateral_kernel(features)))
-        found.append(_mean_field(one.float().flatten(1).T, own, iterations).T.reshape(one.shape))
-    return torch.stack(found)
+    with torch.autocast(image.device.type, enabled=False):  # half precision would round the features
+        for one, picture in zip(probabilities, image, strict=True):
+            own = list(kernels)
+            if weight:
+                features = bilateral_features(
+                    picture, sigma=sigma, intensity_sigma=intensity_sigma, spacing_mm=spacing_mm
+                )
+                own.append((weight, bilateral_kernel(features)))
+            found.append(_mean_field(one.float().flatten(1).T, own, iterations).T.reshape(one.shape))
+    return torch.stack(found) if found else probabilities.float()
 
 
 def _mean_field(probabilities: Tensor, kernels: Sequence[tuple[float, NormalizedKernel]], iterations: int) -> Tensor:

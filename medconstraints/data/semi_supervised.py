@@ -17,7 +17,7 @@ from medconstraints.data.output_folders import mask_path
 
 __all__ = ["PairedDataset", "semi_supervised_items"]
 
-SECTIONS = ("training", "unlabelled", "validation")
+SECTIONS = ("training", "unlabelled", "validation", "test")
 
 
 def semi_supervised_items(
@@ -73,6 +73,10 @@ def semi_supervised_items(
     bare: list[dict[str, Any]] = []
     for item, owner in zip(sections["training"], owners["training"], strict=True):
         (full if owner in chosen else bare).append(item)
+    if supervision == "proposals":
+        masks = [mask_path("", _first(item["image"])).name for item in [*bare, *sections["unlabelled"]]]
+        if twice := sorted({mask for mask in masks if masks.count(mask) > 1}):
+            raise ValueError(f"datalist: several images would have the mask {twice[0]}; give them different names.")
     unlabelled: Sequence[dict[str, Any]]
     try:
         unlabelled = [_unlabelled(item, supervision, proposals_dir) for item in [*bare, *sections["unlabelled"]]]
@@ -128,6 +132,9 @@ def _first(value: Any) -> str:
 class PairedDataset(Dataset[Any]):
     """A segmented and an unsegmented item in each place, so that no batch lacks either; collation lays them flat.
 
+    An "index" of an item, by which what is remembered of it is found again, becomes 2 index for a segmented and
+    2 index + 1 for an unsegmented one: both data sets may count from 0.
+
     An epoch has as many pairs as the larger part has items; the smaller part is gone through again and again. A run
     without the unsegmented items has as many, all segmented, so that runs with and without can be compared.
 
@@ -161,5 +168,10 @@ class PairedDataset(Dataset[Any]):
         if index >= self.pairs:  # what ends a loop over a sequence
             raise IndexError(index)
         if self.use_unlabelled:
-            return [self.labelled[index % len(self.labelled)], self.unlabelled[index % len(self.unlabelled)]]
-        return [self.labelled[(2 * index + place) % len(self.labelled)] for place in (0, 1)]
+            pair = self.labelled[index % len(self.labelled)], self.unlabelled[index % len(self.unlabelled)]
+            return [_numbered(item, place) for place, item in enumerate(pair)]
+        return [_numbered(self.labelled[(2 * index + place) % len(self.labelled)], 0) for place in (0, 1)]
+
+
+def _numbered(item: Any, place: int) -> Any:
+    return {**item, "index": 2 * item["index"] + place} if "index" in item else item

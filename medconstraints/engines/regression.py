@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.metrics import EpochMetric
 from monai.transforms import Compose, SelectItemsd
@@ -111,7 +112,16 @@ class RegressionStage:
         return self.make_dataset(items, self.steps, [*(self.augmentation if augmented else []), *steps])
 
     def run(self) -> None:
-        """Train, or go on with a training that was killed."""
+        """Train, or go on with a training that was killed.
+
+        Raises:
+            RuntimeError: several processes, of which each would train its own on a part of the images.
+        """
+        if idist.get_world_size() > 1:
+            raise RuntimeError(
+                "RegressionStage: expected one process; run regressor.json without torchrun first, and then "
+                "segmentation.json with its regressor_dir as several."
+            )
         self.regressor.fit(self.dataset("labelled"))
         evaluator = RegressionEvaluator(
             device=self.regressor.center.device,
@@ -206,6 +216,8 @@ class RegressionEvaluator(ValidationEvaluator):
 def explained(predicted: Tensor, target: Tensor) -> float:
     """Mean R^2 of the statistics that vary: 1 - squared error / squared deviation from the mean.
 
+    Where none does, as with one image, minus the mean squared error: that still tells better weights from worse.
+
     Args:
         predicted: (N, K).
         target: (N, K), NaN where a value is not known.
@@ -218,7 +230,9 @@ def explained(predicted: Tensor, target: Tensor) -> float:
     error = (predicted - target).square().where(known, 0.0).sum(0)
     deviation = (target - target.nanmean(0)).square().where(known, 0.0).sum(0)
     varied = deviation > 0
-    return float((1 - error[varied] / deviation[varied]).mean()) if bool(varied.any()) else 0.0
+    if not bool(varied.any()):
+        return -float(error.sum() / known.sum().clamp(min=1))
+    return float((1 - error[varied] / deviation[varied]).mean())
 
 
 def _pair(output: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 from torch import Tensor
@@ -51,15 +53,18 @@ class BoxProposals:
             item["weak_label"] = convert_to_dst_type(proposal[None], filled, dtype=torch.float32)[0]
         return item
 
-    def propose(self, logits: Tensor, image: Tensor, filled: Tensor) -> Tensor:
+    def propose(
+        self, logits: Tensor, image: Tensor, filled: Tensor, *, spacing_mm: Sequence[float] | None = None
+    ) -> Tensor:
         """Labels (*S) of one image: the field's, each class within its own boxes alone.
 
         Args:
             logits: (C, *S).
             image: (M, *S).
             filled: (*S).
+            spacing_mm: of the image; None counts the widths of the field in voxels.
         """
-        probabilities = dense_crf(logits.softmax(0)[None], image[None], **self.crf)[0]
+        probabilities = dense_crf(logits.softmax(0)[None], image[None], spacing_mm=spacing_mm, **self.crf)[0]
         for cls in range(1, self.num_classes):
             probabilities[cls] = probabilities[cls].masked_fill(filled != cls, -1.0)
         return probabilities.argmax(0).to(torch.uint8).cpu()
@@ -76,15 +81,15 @@ class BoxProposals:
 class RelabelTrainer(TargetTrainer):
     """Trains on filled boxes, and every few epochs on proposals that the network and a dense CRF made of them.
 
-    After each round of epochs every training image gets new labels (`BoxProposals.propose`), the weights are drawn
-    anew and the optimizer forgets (Rajchl et al. 2017, "DeepCut", as compared with in Kervadec 2020, section 6.4).
+    After each round of epochs every training image gets new labels (`BoxProposals.propose`), the weights become those
+    that the first round began with, and the optimizer forgets (Rajchl et al. 2017, "DeepCut", as compared with in
+    Kervadec 2020, section 6.4).
 
     Args:
         proposals: labels, a transform of `dataset`; name it among the `objects` of `training_handlers`.
         proposal_dataset: the images of `dataset` with "image", "filled" and "index", without anything random.
         every: epochs of a round.
         proposal_inferer: None is a `SimpleInferer`; a sliding window for volumes that are larger than the patches.
-        seed: of the weights of each round.
         options: the other arguments of `TargetTrainer`.
 
     Raises:
@@ -98,7 +103,6 @@ class RelabelTrainer(TargetTrainer):
         proposal_dataset: Any,
         every: int = 10,
         proposal_inferer: Inferer | None = None,
-        seed: int = 0,
         **options: Any,
     ) -> None:
         if idist.get_world_size() > 1:
@@ -106,9 +110,9 @@ class RelabelTrainer(TargetTrainer):
         self.proposals, self.proposal_dataset = proposals, proposal_dataset
         self.every = checks.whole_number("every", every, 1)
         self.proposal_inferer = proposal_inferer or SimpleInferer()
-        self.seed = checks.whole_number("seed", seed, 0)
         handlers = options.pop("train_handlers", None)
         super().__init__(**options)
+        self._first = copy.deepcopy(self.network.state_dict())
         # Before the handlers, which seed the epoch: what is drawn here must not shift what is drawn there.
         self.add_event_handler(Events.EPOCH_STARTED, self._begin)
         self._register_handlers(handlers or ())
@@ -119,10 +123,7 @@ class RelabelTrainer(TargetTrainer):
         if rest or not finished:
             return
         self._relabel()
-        torch.manual_seed(self.seed + finished)
-        for module in self.network.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        self.network.load_state_dict(self._first)
         self.optimizer.state.clear()
 
     @torch.no_grad()
@@ -130,10 +131,11 @@ class RelabelTrainer(TargetTrainer):
         self.network.eval()
         changed, inside = 0, 0
         for item in self.proposal_dataset:
+            spacing = checks.affine_spacing(item["image"], "image") if isinstance(item["image"], MetaTensor) else None
             image = checks.plain(item["image"]).to(self.state.device)
             filled = checks.plain(item["filled"])[0].to(self.state.device)
             logits = self.proposal_inferer(image[None], self.network)[0]
-            proposal = self.proposals.propose(logits.float(), image, filled)
+            proposal = self.proposals.propose(logits.float(), image, filled, spacing_mm=spacing)
             index = int(item["index"])
             before = self.proposals.maps.get(index, filled.cpu())
             changed += int((proposal != before).sum())

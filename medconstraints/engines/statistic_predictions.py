@@ -29,6 +29,7 @@ __all__ = ["StatisticPredictions"]
 
 logger = logging.getLogger(__name__)
 
+READING = ("spacing_mm", "reading", "framing")  # entries of a config that say what a regressor looks at
 MARGINS = ("value", "error", "uncertainty")
 
 
@@ -65,6 +66,10 @@ class StatisticPredictions:
         self.path = stage.output_dir / "predictions.json"
         self.margin = checks.number("margin", margin, least=0)
         self.margin_from = checks.choice("margin_from", margin_from, MARGINS)
+        if margin_from == "uncertainty" and not stage.loss.spread:
+            raise ValueError(
+                "margin_from: 'uncertainty' needs a regressor that learns it; set regression#spread to True."
+            )
         if not 0 < checks.number("coverage", coverage) < 1:
             raise ValueError(f"coverage: expected a share of the images, 0 to 1, got {coverage!r}.")
         self.coverage = float(coverage)
@@ -81,8 +86,13 @@ class StatisticPredictions:
         Raises:
             FileNotFoundError: no weights, because the regressor was not trained.
             RuntimeError: the weights are those of another regressor.
-            ValueError: a margin from held-back images, of which there are none; or a value that is no number.
+            ValueError: nothing is unsegmented; a margin from held-back images, of which there are none; weights that
+                were trained on images read otherwise; or a value that is no number.
         """
+        if not len(self.stage.items["unlabelled"]):
+            raise ValueError("supervision: nothing is unsegmented, so that there is nothing to bound; take 'labelled'.")
+        if self.margin_from != "value" and not len(self.stage.items["held_back"]):
+            raise ValueError(f"margin_from: {self.margin_from!r} needs held-back segmented images; take 'value'.")
         if train:
             self.stage.run()
         if not self.stage.checkpoint.is_file():
@@ -90,6 +100,7 @@ class StatisticPredictions:
                 f"checkpoint: no weights of the regressor, {self.stage.checkpoint}; train it first (train.json does, "
                 "and regressor.json does that alone)."
             )
+        self._check_reading()
         if idist.get_rank() == 0:
             wanted = self._identity()
             if (found := _read(self.path)) is None or found.get("made_from") != wanted:
@@ -100,7 +111,9 @@ class StatisticPredictions:
         if content is None:
             raise FileNotFoundError(f"{self.path}: cannot be read back; start the run again.")
         if self.margin_from != "value" and not content["held_back"]:
-            raise ValueError(f"margin_from: {self.margin_from!r} needs held-back segmented images; take 'value'.")
+            raise ValueError(
+                f"margin_from: {self.margin_from!r} needs every statistic on held-back images; take 'value'."
+            )
         self._content = content
         self._rows = {(row["image"], row["slice"]): row for row in content["unlabelled"]}
         for line in _told(content["held_back"]):
@@ -128,8 +141,10 @@ class StatisticPredictions:
                 lower, upper = np.maximum(lower, 0), np.maximum(upper, 0)
             found = free_bounds(block.rows.stop, block.components)
             found[block.rows.start :] = torch.from_numpy(np.stack([lower, upper], -1)).float()
-            if absent is not None and block.name != absent[0] and len(block.rows) == len(absent[1]):
-                found[block.rows.start :][torch.from_numpy(absent[1])] = free_bounds(1, block.components)
+            if absent is not None and block.name != absent[0] and absent[1].any():
+                # Of what is no statistic of single classes, such as pairs, nobody knows which rows are concerned.
+                rows = torch.from_numpy(absent[1]) if self._is_by_class(block) else torch.ones(len(block.rows)).bool()
+                found[block.rows.start :][rows] = free_bounds(1, block.components)
             bounds[block.key] = found
         return bounds
 
@@ -172,6 +187,33 @@ class StatisticPredictions:
         if moved and not math.isclose(float(then.det().abs()), float(now.det().abs()), rel_tol=1e-3):
             raise ValueError(f"{row['image']}: was resampled after the regressor saw it; leave zooms out.")
 
+    def _is_by_class(self, block: StatisticBlock) -> bool:
+        """Whether a statistic has a row for each class: tried out, with one class more."""
+        shape = 1, self.regressor.num_classes + 1, *[3] * len(self.regressor.image_size)
+        try:
+            rows = self.regressor.statistics[block.name](torch.full(shape, 1 / shape[1])).shape[1]
+        except (ValueError, IndexError):
+            return False
+        return rows == block.rows.stop + 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a training with these bounds depends on, for `ResumeHandler`; nothing before `prepare`."""
+        return {} if self._content is None else {"predictions": self._content["made_from"]}
+
+    def _check_reading(self) -> None:
+        """Weights that saw images of another spacing say nothing of these."""
+        last = self.stage.output_dir / "last.pt"
+        if not last.is_file() or not self.stage.settings:
+            return
+        trained = torch.load(last, map_location="cpu", weights_only=True).get("settings", {})
+        for name, value in _of_reading(self.stage.settings).items():
+            if name in trained and trained[name] != value:
+                raise ValueError(
+                    f"{name}: is {value!r}, but the regressor was trained with {trained[name]!r}; train it anew, or "
+                    "set it back."
+                )
+
     @functools.cached_property
     def _survives_flips(self) -> bool:
         """Whether a flip leaves all statistics as they are: tried out, once."""
@@ -197,6 +239,7 @@ class StatisticPredictions:
             "image_size": list(self.regressor.image_size),
             "values": self.regressor.names,
             "coverage": self.coverage,
+            "reading": {name: str(value) for name, value in _of_reading(self.stage.settings or {}).items()},
         }
 
     def _computed(self) -> dict[str, Any]:
@@ -282,6 +325,10 @@ class StatisticPredictions:
 
     def _is_size(self, block: StatisticBlock) -> bool:
         return is_never_negative(self.regressor.statistics[block.name], size=True)
+
+
+def _of_reading(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name.split("#")[0] in READING}
 
 
 def _table(values: np.ndarray, block: StatisticBlock) -> np.ndarray:

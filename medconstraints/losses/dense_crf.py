@@ -84,7 +84,9 @@ class DenseCRFLoss(ProbabilityLoss):
             if self.downsample > 1:
                 pool = F.avg_pool2d if probs.dim() == 4 else F.avg_pool3d
                 sizes = [min(self.downsample, size) for size in probs.shape[2:]]
-                probs, image = pool(probs, sizes), pool(image.float(), sizes)
+                # The last voxels along an axis make a mean of fewer.
+                pooled = [pool(one, sizes, ceil_mode=True, count_include_pad=False) for one in (probs, image.float())]
+                probs, image = pooled
             return self.reduced(
                 torch.stack([self._energy(one, picture) for one, picture in zip(probs, image, strict=True)])
             )

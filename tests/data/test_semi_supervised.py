@@ -105,3 +105,17 @@ def test_an_epoch_goes_through_the_larger_part_once(labelled, unlabelled, use_un
 def test_nothing_segmented():
     with pytest.raises(ValueError, match="labelled: expected at least one"):
         PairedDataset([], [1])
+
+
+def test_what_is_remembered_of_an_item_is_that_of_its_part():
+    labelled, unlabelled = ([{"index": number} for number in range(count)] for count in (2, 3))
+    seen = [item["index"] for pair in PairedDataset(labelled, unlabelled) for item in pair]
+    assert len({*seen}) == 5 and {index % 2 for index in seen[1::2]} == {1}
+    alone = [item["index"] for pair in PairedDataset(labelled, unlabelled, use_unlabelled=False) for item in pair]
+    assert {*alone} == {*seen[::2]}
+
+
+def test_proposals_of_one_name_are_refused(datalist):
+    path = datalist(training=[entry("a/x"), entry("b/t1"), entry("c/t1")])
+    with pytest.raises(ValueError, match=r"several images would have the mask t1_seg\.nii\.gz"):
+        semi_supervised_items(path, fully_labelled=1, supervision="proposals", proposals_dir="masks")

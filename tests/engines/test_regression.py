@@ -167,6 +167,19 @@ def test_a_class_that_may_be_absent_has_no_place(datalist, trained):
     assert bounds["size_bounds"][1, 0, 0] == 0 and torch.isinf(bounds["centroid_bounds"]).all()
 
 
+def test_of_a_statistic_of_pairs_nothing_is_known_where_a_class_may_be_absent(datalist, tmp_path):
+    def between(probs):  # one row, for whatever number of classes
+        return soft_centroid(probs)[:, 1:2] - soft_centroid(probs)[:, :1]
+
+    stage = stage_of(datalist, tmp_path, statistics={"size": soft_size, "between": between}, epochs=1)
+    stage.run()
+    for margin, free in ((1.0, True), (0.0, False)):
+        predictions = StatisticPredictions(stage, margin=margin)
+        predictions.prepare()
+        bounds = predictions.bounds(stage.dataset("unlabelled")[0])
+        assert (bounds["size_bounds"][1, 0, 0] < 1) == free == bool(torch.isinf(bounds["between_bounds"]).all())
+
+
 def test_what_the_regressor_did_not_see_is_refused(datalist, trained):
     both = stage_of(datalist, trained, statistics=BOTH)
     predictions = StatisticPredictions(both)
@@ -204,8 +217,30 @@ def test_results_that_are_missing_or_of_another_regressor(datalist, trained, tmp
     stage.items["held_back"] = []
     torch.save(stage.regressor.state_dict(), tmp_path / "model.pt")
     StatisticPredictions(stage, margin=0.1).prepare()
+    stage.run = lambda: pytest.fail("trained although it cannot be used")
     with pytest.raises(ValueError, match="margin_from: 'error' needs held-back"):
-        StatisticPredictions(stage, margin_from="error").prepare()
+        StatisticPredictions(stage, margin_from="error").prepare(train=True)
+    stage.items["unlabelled"] = []
+    with pytest.raises(ValueError, match="nothing is unsegmented"):
+        StatisticPredictions(stage).prepare(train=True)
+
+
+def test_weights_trained_on_images_read_otherwise_are_refused(datalist, tmp_path):
+    told = {"spacing_mm": [1, 1], "reading#axcodes": "RAS", "seed": 0}
+    stage_of(datalist, tmp_path, epochs=1, settings=told).run()
+    predictions = StatisticPredictions(stage_of(datalist, tmp_path, epochs=1, settings={**told, "seed": 1}))
+    assert predictions.settings == {}
+    predictions.prepare()
+    assert predictions.settings["predictions"]["reading"] == {"spacing_mm": "[1, 1]", "reading#axcodes": "RAS"}
+    other = stage_of(datalist, tmp_path, epochs=1, settings={**told, "spacing_mm": [2, 2]})
+    with pytest.raises(ValueError, match=r"spacing_mm: is \[2, 2\], but the regressor was trained with \[1, 1\]"):
+        StatisticPredictions(other).prepare()
+
+
+def test_several_processes_are_refused(datalist, tmp_path, monkeypatch):
+    monkeypatch.setattr("medconstraints.engines.regression.idist.get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"expected one process; run regressor\.json"):
+        stage_of(datalist, tmp_path).run()
 
 
 def test_negative_and_broken_values(datalist, tmp_path, caplog):
@@ -231,6 +266,8 @@ def test_bad_arguments(datalist, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             StatisticPredictions(stage, **options)
+    with pytest.raises(ValueError, match="'uncertainty' needs a regressor that learns it"):
+        StatisticPredictions(stage_of(datalist, tmp_path, spread=False), margin_from="uncertainty")
     with pytest.raises(ValueError, match=r"items: expected.*none under \['held_back'\]"):
         RegressionStage(
             regressor=stage.regressor, items={"labelled": [], "unlabelled": []}, preprocessing=[], output_dir=tmp_path
@@ -241,4 +278,6 @@ def test_explained_variance():
     target = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, torch.nan]])
     assert explained(target.nan_to_num(9), target) == 1  # what does not vary, or is not known, does not count
     assert explained(torch.full((3, 2), 3.0), target) == 0
-    assert explained(torch.zeros(2, 1), torch.ones(2, 1)) == 0
+    # Of what does not vary, as one image, the better of two is still the better.
+    assert explained(torch.zeros(2, 1), torch.ones(2, 1)) == -1
+    assert explained(torch.full((1, 1), 0.5), torch.ones(1, 1)) == -0.25

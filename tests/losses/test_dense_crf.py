@@ -65,3 +65,10 @@ def test_bad_input():
         DenseCRFLoss(sigma=0)
     with pytest.raises(ValueError, match=r"target: expected images of \(8, 8\)"):
         DenseCRFLoss()(torch.rand(1, 2, 8, 8), torch.rand(1, 1, 8, 9))
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (5, 7, 6)])
+def test_every_voxel_counts_where_the_size_is_no_multiple(shape):
+    probs = torch.rand(1, 2, *shape).softmax(1).requires_grad_()
+    DenseCRFLoss(sigma=2, downsample=4)(probs, torch.rand(1, 1, *shape)).backward()
+    assert (probs.grad != 0).all()

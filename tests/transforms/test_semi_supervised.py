@@ -13,6 +13,10 @@ BARE = {"image": IMAGE, "fully_labelled": False}
 NOTHING = torch.full((1, 2, 3), -1.0)
 
 
+READ = {name: ["weak_label", "size_bounds", "centroid_bounds"] for name in ("oracle", "labelled", "proposals")}
+READ["mean_teacher"] = ["weak_label", "image"]
+
+
 @pytest.mark.parametrize(
     ("item", "options", "expected"),
     [
@@ -55,7 +59,7 @@ def test_statistics_of_a_label_have_no_room_between_their_bounds():
 )
 def test_bounds_of_an_unsegmented_item(supervision, bounded):
     transforms = semi_supervised_transforms(
-        supervision, statistics=STATISTICS, num_classes=3, predictions=None, margin=0.5
+        supervision, statistics=STATISTICS, num_classes=3, predictions=None, read_keys=READ[supervision], margin=0.5
     )
     item, segmented = BARE | {"label" if bounded else "proposal": LABEL}, dict(SEGMENTED)
     for transform in transforms:
@@ -69,4 +73,17 @@ def test_bounds_of_an_unsegmented_item(supervision, bounded):
 
 def test_unknown_supervision():
     with pytest.raises(ValueError, match="supervision: expected"):
-        semi_supervised_transforms("self", statistics=STATISTICS, num_classes=3, predictions=None)
+        semi_supervised_transforms("self", statistics=STATISTICS, num_classes=3, predictions=None, read_keys=[])
+    for supervision, keys, message in [
+        (
+            "curriculum",
+            READ["mean_teacher"],
+            "supervision: 'curriculum' bounds size, centroid, but the loss reads",
+        ),
+        ("oracle", [], "supervision: 'oracle' bounds"),
+        ("mean_teacher", READ["oracle"], "supervision: 'mean_teacher' needs its loss"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            semi_supervised_transforms(
+                supervision, statistics=STATISTICS, num_classes=3, predictions=None, read_keys=keys
+            )
