@@ -77,7 +77,7 @@ class DenseCRFd(MapTransform):
         if len(probabilities) < 2 or (probabilities.sum(0) - 1).abs().max() > SUM_TOLERANCE:
             raise ValueError(
                 f"{name}: expected probabilities of two classes or more that sum to 1 under {self.key!r} (a softmax, "
-                f"with the background), got {len(probabilities)} channels; a sigmoid p becomes two channels, 1 - p and p."
+                f"with the background), got {len(probabilities)} channels; of a sigmoid p make two, 1 - p and p."
             )
         spacing = checks.affine_spacing(image, name) if isinstance(image, MetaTensor) else None
         try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from medconstraints.data import semi_supervised_items
 from medconstraints.engines import RegressionStage, StatisticPredictions
 from medconstraints.engines.regression import explained
 from medconstraints.networks import StatisticRegressor
-from medconstraints.statistics import soft_centroid, soft_size
+from medconstraints.statistics import soft_centroid, soft_centroid_offset, soft_size
 from medconstraints.transforms import PredictedBoundsd, reading_transforms
 
 SIDE = 24
@@ -168,9 +169,7 @@ def test_a_class_that_may_be_absent_has_no_place(datalist, trained):
 
 
 def test_of_a_statistic_of_pairs_nothing_is_known_where_a_class_may_be_absent(datalist, tmp_path):
-    def between(probs):  # one row, for whatever number of classes
-        return soft_centroid(probs)[:, 1:2] - soft_centroid(probs)[:, :1]
-
+    between = partial(soft_centroid_offset, pairs=[[1, 0]])
     stage = stage_of(datalist, tmp_path, statistics={"size": soft_size, "between": between}, epochs=1)
     stage.run()
     for margin, free in ((1.0, True), (0.0, False)):
