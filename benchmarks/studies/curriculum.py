@@ -14,14 +14,13 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_runs import DICE, bundle_run, call
 
 BUNDLE = "bundles/curriculum_size"
 SHARED = "--datalist lists/acdc.json --network_def#channels [8,16,32,64] --ramp_epochs 5"
@@ -49,9 +48,6 @@ def rows_of(count: int, seed: int) -> list[str]:
     few = count == min(COUNTS)
     left_out = {row for row in ONCE if not few or (row == "proposals" and seed)}
     return ["labelled", "regressor", *[row for row in ROWS if row != "labelled" and row not in left_out]]
-
-
-DICE = re.compile(r"Epoch\[(\d+)\] Metrics -- val_mean_dice: ([\d.]+)")
 
 
 def write_list(data: Path, folder: Path) -> None:
@@ -82,16 +78,11 @@ def command(row: str, count: int | None, seed: int) -> list[str]:
     else:
         overlays, options = ROWS[row]
         options = options.format(regressor=name_of("regressor", count, seed), start=name_of("labelled", count, seed))
-    run = [*_bundle_run([*["train", "slices"], *overlays]), *shlex.split(SHARED)]
+    run = [*bundle_run(BUNDLE, [*["train", "slices"], *overlays]), *shlex.split(SHARED)]
     labelled = "$None" if count is None else str(count)
     run += ["--output_dir", f"runs/{name_of(row, count, seed)}", "--seed", str(seed), "--fully_labelled", labelled]
     run += shlex.split(options)
     return run if row == "regressor" else [*run, "--epochs", str(EPOCHS), "--val_interval", "1"]
-
-
-def _bundle_run(configs: Sequence[str]) -> list[str]:
-    files = ",".join(f"'{BUNDLE}/configs/{name}.json'" for name in configs)
-    return ["python", "-m", "monai.bundle", "run", "--bundle_root", BUNDLE, "--config_file", f"[{files}]"]
 
 
 def run_one(row: str, count: int | None, seed: int) -> None:
@@ -101,34 +92,26 @@ def run_one(row: str, count: int | None, seed: int) -> None:
     if done.exists():
         return
     line, start = command(row, count, seed), time.perf_counter()
-    _call(line, name)
+    call(line, name)
     result: dict[str, Any] = {"seconds": time.perf_counter() - start, "command": shlex.join(line)}
     if row != "regressor":
         result["validation"] = [float(value) for _, value in DICE.findall(Path(f"logs/{name}.txt").read_text())]
         shared = [*shlex.split(SHARED), "--ckpt_path", f"runs/{name}/model.pt"]
-        evaluate = [*_bundle_run(["train", "slices", "evaluate"]), *shared, "--section", "test"]
-        _call([*evaluate, "--output_dir", f"runs/{name}/test"], f"{name}_test")
-        result["test"] = _scores(Path(f"runs/{name}/test"))
+        evaluate = [*bundle_run(BUNDLE, ["train", "slices", "evaluate"]), *shared, "--section", "test"]
+        call([*evaluate, "--output_dir", f"runs/{name}/test"], f"{name}_test")
+        result["test"] = volume_scores(Path(f"runs/{name}/test"))
     done.write_text(json.dumps(result) + "\n")
     sys.stdout.write(
         f"{name}: {result['seconds']:.0f} s, {result.get('validation', [])[-LAST:]} {result.get('test')}\n"
     )
     sys.stdout.flush()
     if row == "labelled":  # its masks are the proposals of another row
-        infer = [*_bundle_run(["inference", "inference_slices"]), "--dataset_dir", "lists/acdc.json"]
+        infer = [*bundle_run(BUNDLE, ["inference", "inference_slices"]), "--dataset_dir", "lists/acdc.json"]
         infer += ["--section", "training", "--ckpt_path", f"runs/{name}/model.pt", "--output_dir", f"masks/{name}"]
-        _call([*infer, *shlex.split("--network_def#channels [8,16,32,64]")], f"{name}_masks")
+        call([*infer, *shlex.split("--network_def#channels [8,16,32,64]")], f"{name}_masks")
 
 
-def _call(line: Sequence[str], name: str) -> None:
-    with open("commands.txt", "a") as file:
-        file.write(shlex.join(line) + "\n")
-    with open(f"logs/{name}.txt", "w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *line[1:]], check=True, stdout=log, stderr=log, env=environment)
-
-
-def _scores(folder: Path) -> float:
+def volume_scores(folder: Path) -> float:
     """Mean Dice of the volumes of a part."""
     rows = (folder / "metrics" / "val_mean_dice_raw.csv").read_text().splitlines()
     return float(np.nanmean([float(row.split(",")[-1].split()[-1]) for row in rows[1:]]))

@@ -12,13 +12,12 @@ import csv
 import json
 import os
 import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from command_runs import finished, train
 
 from medconstraints.reports.curves import read_curves
 
@@ -31,7 +30,6 @@ ROWS: dict[str, tuple[list[str], str]] = {
     "DeepCut": (["deepcut"], f"--relabel_every {EVERY}"),
 }
 MARGINS = (0, 1)  # voxels on each side; the boxes are about 10 to 20 wide
-DICE = re.compile(r"Epoch\[(\d+)\] Metrics -- val_mean_dice: ([\d.]+)")
 
 
 def write_list(data: Path, folder: Path) -> None:
@@ -48,35 +46,16 @@ def name_of(row: str, margin: int) -> str:
     return f"{row.replace(' ', '_')}_margin{margin}"
 
 
-def command(row: str, margin: int) -> list[str]:
-    """Command line of a training."""
-    overlays, options = ROWS[row]
-    files = ",".join(f"'{BUNDLE}/configs/{name}.json'" for name in ["train", *overlays])
-    run = ["python", "-m", "monai.bundle", "run", "--bundle_root", BUNDLE, "--config_file", f"[{files}]"]
-    run += ["--output_dir", f"runs/{name_of(row, margin)}", "--margin_voxels", str(margin)]
-    return [*run, *shlex.split(SHARED), *shlex.split(options)]
-
-
 def run_one(row: str, margin: int) -> None:
-    """One training, unless it is there."""
+    """One training, unless it is there, and its curve."""
+    overlays, options = ROWS[row]
     name = name_of(row, margin)
-    done = Path(f"done/{name}.json")
-    if done.exists():
-        return
-    line, start = command(row, margin), time.perf_counter()
-    with open("commands.txt", "a") as file:
-        file.write(shlex.join(line) + "\n")
-    with open(f"logs/{name}.txt", "w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *line[1:]], check=True, stdout=log, stderr=log, env=environment)
-    seconds = time.perf_counter() - start
-    dice = [float(value) for _, value in DICE.findall(Path(f"logs/{name}.txt").read_text())]
+    told = train(BUNDLE, ["train", *overlays], f"{SHARED} --margin_voxels {margin} {options}", name)
     with open(f"curves/{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([["epoch", "val_mean_dice"], *([epoch + 1, value] for epoch, value in enumerate(dice))])
-    done.write_text(json.dumps({"seconds": seconds, "command": shlex.join(line), "dice": dice}) + "\n")
-    sys.stdout.write(f"{name}: {seconds:.0f} s, {dice[-LAST:]}\n")
-    sys.stdout.flush()
+        writer.writerows(
+            [["epoch", "val_mean_dice"], *([epoch + 1, value] for epoch, value in enumerate(told["dice"]))]
+        )
 
 
 def collect(picture: Path) -> dict[str, Any]:
@@ -87,10 +66,7 @@ def collect(picture: Path) -> dict[str, Any]:
             name = name_of(row, margin)
             if not Path(f"done/{name}.json").exists():
                 continue
-            told = json.loads(Path(f"runs/{name}/settings.json").read_text())
-            settings = {key: told[key] for key in ("config_files", "options")}
-            found = json.loads(Path(f"done/{name}.json").read_text())
-            runs.append({"row": row, "margin_voxels": margin, **found, "settings": settings})
+            runs.append({"row": row, "margin_voxels": margin, **finished(name)})
             files[f"{row}, margin {margin}"] = f"curves/{name}.csv"
     summary = read_curves(files, columns=["val_mean_dice"], last=LAST, picture=picture)["summary"] if files else {}
     return {

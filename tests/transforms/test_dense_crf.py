@@ -28,7 +28,5 @@ def test_logits_are_refused_and_the_file_is_named():
     with pytest.raises(ValueError, match=r"a\.nii\.gz: image: expected the shape"):
         DenseCRFd("pred")({"pred": torch.rand(2, 6, 6, 5).softmax(0), "image": image})
     for pred in (torch.rand(1, 6, 6, 6), torch.full((2, 6, 6, 6), 0.9)):
-        with pytest.raises(
-            ValueError, match=r"a\.nii\.gz: expected probabilities of two classes or more that sum"
-        ):
+        with pytest.raises(ValueError, match=r"a\.nii\.gz: expected probabilities of two classes or more that sum"):
             DenseCRFd("pred")({"pred": pred, "image": image})
