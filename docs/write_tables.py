@@ -88,6 +88,19 @@ FEW_SEGMENTED = {
     "Ten segmented, regressed sizes of the others": Row(
         "curriculum_size_hippocampus.json", {**FEW, "supervision": "curriculum", "size_weight": 0.001}
     ),
+    "The same, weight 0.0001 and margins of each image": Row(
+        "curriculum_size_hippocampus_weak.json",
+        {
+            **FEW,
+            "config_files": ["train.json", "segmentation.json"],
+            "supervision": "curriculum",
+            "size_weight": 0.0001,
+            "margin_from": "uncertainty",
+        },
+    ),
+    "Five segmented, labels alone": Row(
+        "curriculum_size_hippocampus_labelled5.json", {**FEW, "fully_labelled": 5, "supervision": "labelled"}
+    ),
     "All 168 segmented": EVERY_VOXEL,
 }
 SHIPPED = {
@@ -608,6 +621,38 @@ def curriculum() -> str:
     table = markdown_table(["Segmented", "Seed", "Mean error", "Margin that covers 90 %", "Spreads that do"], errors)
     told = f"{content['epochs']} epochs; `{content['command']}`, {content['date']}."
     return paragraphs(markdown_table(header, rows), table, told)
+
+
+def deepcut() -> str:
+    """Dice of DeepCut and of the box prior, tight boxes and wide ones."""
+    content = load("deepcut.json")
+    rows = [
+        [
+            run["row"],
+            str(run["margin_voxels"]),
+            f"{max(run['dice']):.3f}",
+            *(f"{content['summary'][key][f'val_mean_dice_{what}']:.3f}" for what in ("mean", "sd")),
+        ]
+        for run in content["runs"]
+        for key in [f"{run['row']}, margin {run['margin_voxels']}"]
+    ]
+    header = ["", "Margin (voxels)", "Best epoch", f"Last {content['last']} epochs", "Spread over them"]
+    told = (
+        f"{content['volumes']} training volumes, {content['epochs']} epochs, rounds of {content['every']}; "
+        f"`{content['command']}`, {content['date']}."
+    )
+    return paragraphs(markdown_table(header, rows), told)
+
+
+def partial_crf() -> str:
+    """Dice of partial labels with and without the loss of the dense CRF."""
+    content = load("partial_crf.json")
+    rows = []
+    for name in content["summary"]:
+        runs = [run for run in content["runs"] if run["row"] == name]
+        rows.append([name, str(len(runs)), *(_of_seeds([run[key] for run in runs]) for key in ("best", "test"))])
+    told = f"{content['epochs']} epochs; `{content['command']}`, {content['date']}."
+    return paragraphs(markdown_table(["", "Seeds", "Best epoch", "Test"], rows), told)
 
 
 def _of_seeds(values: Sequence[float]) -> str:
