@@ -883,6 +883,7 @@ def all_tables() -> dict[str, dict[str, str]]:
         "end_to_end": end_to_end(told=False),
         "volumes": scores(VOLUMES),
     }
+    tables["bundles/box_prior/docs/README.md"]["deepcut"] = deepcut()
     tables["bundles/lookahead_adversarial/docs/README.md"] = {"lookahead": lookahead()}
     tables["bundles/curriculum_size/docs/README.md"] = {
         "curriculum": curriculum(),

@@ -110,6 +110,7 @@ def check_options() -> None:
             for word in sys.argv[1:]
             if "#" in word.partition("=")[2] or ("#" in word and not word.startswith(("-", "$", "@", "%")))
         ]
+    _warn_of_overlays(call.files)
     known = _known(call)
     faults += [
         f"--{name}: a # in {value!r} would be taken for a separator; choose a name without it"
@@ -127,6 +128,17 @@ def check_options() -> None:
         ]
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def _warn_of_overlays(files: list[str]) -> None:
+    """Of two overlays that set one entry the first is as if it were not there."""
+    before: dict[str, str] = {}
+    for file in files[1:]:
+        for key in json.loads(Path(file).read_text(encoding="utf-8")):
+            lost = [other for other in before if other == key or other.startswith(f"{key}#")]
+            for other in lost if key not in NOT_SETTINGS else ():
+                logger.warning("%s of %s is replaced by that of %s", other, before[other], Path(file).name)
+            before[key] = Path(file).name
 
 
 def run_settings(*entries: str) -> dict[str, Any]:

@@ -196,10 +196,18 @@ class StatisticPredictions:
             return False
         return rows == block.rows.stop + 1
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a training with these bounds depends on, for `ResumeHandler`; nothing before `prepare`."""
-        return {} if self._content is None else {"predictions": self._content["made_from"]}
+    def state_dict(self) -> dict[str, Any]:
+        """What the bounds were made from, so that a training does not go on with others; nothing before `prepare`."""
+        return {} if self._content is None else {"made_from": self._content["made_from"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare.
+
+        Raises:
+            ValueError: the bounds are those of other weights or images.
+        """
+        if state != self.state_dict():
+            raise ValueError("the regressor, or the images that it saw, are not those of this training")
 
     def _check_reading(self) -> None:
         """Weights that saw images of another spacing say nothing of these."""

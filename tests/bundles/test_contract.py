@@ -54,7 +54,7 @@ IDS = {
 LARGEST_WEIGHTS = 5 * 2**20
 MOST_LINES, MOST_REFERENCES = 220, 60
 LARGER = {
-    "curriculum_size": 1.6,
+    "curriculum_size": 1.7,
     "e2e_augmentation": 1.5,
     "lookahead_adversarial": 1.5,
 }  # further networks and optimizers

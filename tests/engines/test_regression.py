@@ -228,9 +228,13 @@ def test_weights_trained_on_images_read_otherwise_are_refused(datalist, tmp_path
     told = {"spacing_mm": [1, 1], "reading#axcodes": "RAS", "seed": 0}
     stage_of(datalist, tmp_path, epochs=1, settings=told).run()
     predictions = StatisticPredictions(stage_of(datalist, tmp_path, epochs=1, settings={**told, "seed": 1}))
-    assert predictions.settings == {}
+    assert predictions.state_dict() == {}
     predictions.prepare()
-    assert predictions.settings["predictions"]["reading"] == {"spacing_mm": "[1, 1]", "reading#axcodes": "RAS"}
+    state = predictions.state_dict()
+    assert state["made_from"]["reading"] == {"spacing_mm": "[1, 1]", "reading#axcodes": "RAS"}
+    predictions.load_state_dict(state)
+    with pytest.raises(ValueError, match="are not those of this training"):
+        predictions.load_state_dict({"made_from": {**state["made_from"], "checkpoint_sha256": "other"}})
     other = stage_of(datalist, tmp_path, epochs=1, settings={**told, "spacing_mm": [2, 2]})
     with pytest.raises(ValueError, match=r"spacing_mm: is \[2, 2\], but the regressor was trained with \[1, 1\]"):
         StatisticPredictions(other).prepare()
