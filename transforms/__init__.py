@@ -17,7 +17,7 @@ from medconstraints.transforms.chains import (
     reading_transforms,
     weak_label_transforms,
 )
-from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed, VolumeError
+from medconstraints.transforms.check_volumes import CheckVolumesd
 from medconstraints.transforms.collate import pad_boxes_collate
 from medconstraints.transforms.common_bounds import fit_common_bounds, load_common_bounds, save_common_bounds
 from medconstraints.transforms.crop_to_box import RandCropToBoxd
@@ -27,6 +27,7 @@ from medconstraints.transforms.filled_boxes import FilledBoxesd, fill_boxes
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.load_volume import LoadVolumed
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
 from medconstraints.transforms.save_mask import SaveMaskd, save_mask
@@ -38,6 +39,7 @@ from medconstraints.transforms.semi_supervised import (
 )
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
+from medconstraints.volumes import VolumeError
 
 __all__ = [
     "BoxesToGridd",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.transforms import (
     Activationsd,
     AsDiscreted,
@@ -27,10 +29,11 @@ from medconstraints import checks
 from medconstraints.statistics import soft_size
 from medconstraints.transforms.bounds import LEVELS, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
-from medconstraints.transforms.check_volumes import CheckVolumesd, LoadVolumed
+from medconstraints.transforms.check_volumes import CheckVolumesd
 from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.load_volume import LoadVolumed
 from medconstraints.transforms.save_mask import SaveMaskd
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
 from medconstraints.transforms.weak_labels import WeakLabeld
@@ -57,6 +60,10 @@ def reading_transforms(
     spatial_dims: int = 3,
     allow_channels: bool = False,
     nonzero: bool = False,
+    form: str = "best",
+    series: str | None = None,
+    nan_value: float | None = None,
+    label_values: Sequence[int] | None = None,
 ) -> Chain:
     """Load, check, orient, resample and normalise the image, and the labels with it where an item has them.
 
@@ -71,21 +78,42 @@ def reading_transforms(
         spatial_dims: 3, or 2 for images, which keep their orientation.
         allow_channels: accept channels as a further axis of the image's file, such as RGB, see `LoadVolumed`.
         nonzero: normalise the voxels that are not 0 alone, for images whose background was set to 0.
+        form: which form of a NIfTI header counts where they differ, see `LoadVolumed`; of images and labels.
+        series: series instance UID, for DICOM folders of several series.
+        nan_value: what replaces NaN voxels of images, such as those outside the field of view; None refuses them.
+        label_values: values of the classes in the label's file, such as [0, 255], where these are not 0, 1, 2, ...
     """
     labels = [*([label_key] if label_key is not None else []), *other_label_keys]
     keys = ["image", *labels]
     modes = ["bilinear", *["nearest"] * len(labels)]
     chain: Chain = [
-        LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels),
-        *([LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True)] if labels else []),
+        LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels, form=form, series=series),
+        *([LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True, form=form)] if labels else []),
+        *([] if nan_value is None else [Lambdad("image", partial(torch.nan_to_num, nan=float(nan_value)))]),
+        *([] if label_values is None else [_renumbered(label_key, label_values)]),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
+        Lambdad("image", partial(_shifted, nonzero=checks.flag("nonzero", nonzero)), track_meta=False),
     ]
     if spatial_dims == 3:
         chain.append(Orientationd(keys, axcodes=axcodes, labels=None, allow_missing_keys=True))
     if spacing_mm is not None and any(step > 0 for step in spacing_mm):
         chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
-    normalize = NormalizeIntensityd("image", nonzero=checks.flag("nonzero", nonzero), channel_wise=True)
+    normalize = NormalizeIntensityd("image", nonzero=nonzero, channel_wise=True)
     return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
+
+
+def _renumbered(label_key: str | None, values: Sequence[int]) -> MapLabelValued:
+    if label_key is None or len({*values}) != len(values):
+        raise ValueError(f"label_values: expected one value for each class of a label, got {list(values)}.")
+    return MapLabelValued(label_key, orig_labels=values, target_labels=range(len(values)), allow_missing_keys=True)
+
+
+def _shifted(image: Tensor, *, nonzero: bool) -> Tensor:
+    """A float64 image as float32, less its mean: normalisation takes that away in any case, and contrast stays."""
+    if image.dtype != torch.float64:
+        return image
+    used = image != 0 if nonzero else torch.ones_like(image, dtype=torch.bool)
+    return torch.where(used, image - image[used].mean(), 0.0).float()
 
 
 def class_transforms(*, mean: float | None = None, std: float | None = None) -> Chain:

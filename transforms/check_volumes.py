@@ -2,119 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.config import DtypeLike, KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform
-from monai.utils import OptionalImportError
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from monai.transforms import MapTransform
 
 from medconstraints import checks
 from medconstraints.checks import label_name
+from medconstraints.volumes import VolumeError
+from medconstraints.volumes.grids import GRID_TOLERANCE, grid_difference
 
-__all__ = ["CheckVolumesd", "LoadVolumed", "VolumeError"]
-
-CHUNK_BYTES = 1 << 22
-
-
-class VolumeError(ValueError):
-    """An image or label file cannot be used; the message names the file, what was found, and what to do."""
-
-
-class LoadVolumed(MapTransform):
-    """MONAI's `LoadImaged`, with errors that name the file and say what is wrong with it.
-
-    Replaces a path, or a list of paths that become channels, by a MetaTensor: (C, *S), or as stored with
-    `ensure_channel_first=False`. NIfTI files are checked for completeness before they are read, whichever reader reads
-    them: ITK fills a truncated file up without a word, and nibabel does not notice damaged bytes in the middle of a
-    .nii.gz file. That check decompresses the file once more.
-
-    Args:
-        keys: keys of the paths.
-        reader: name, class or instance of MONAI's reader, or a list; None chooses by file extension.
-        dtype: of the loaded array; None keeps the file's.
-        ensure_channel_first: move the channels to the front, or add a channel axis.
-        spatial_dims: number of spatial axes, 2 or 3. A last axis of one element (X, Y, Z, 1) does not count.
-        allow_channels: accept one axis more than `spatial_dims` as channels (RGB, or contrasts in one file). Without it
-            such a file is refused: a time series would silently become an image of many channels.
-        allow_missing_keys: leave items without the key as they are.
-
-    Raises:
-        VolumeError: no such file, not an image, truncated or damaged, files of a list that differ in shape, or more or
-            fewer axes than expected. The original exception is its cause.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        *,
-        reader: Any = None,
-        dtype: DtypeLike = np.float32,
-        ensure_channel_first: bool = True,
-        spatial_dims: int = 3,
-        allow_channels: bool = False,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.loader = LoadImage(reader=reader, image_only=True, dtype=dtype, ensure_channel_first=False)
-        self.to_channel_first = EnsureChannelFirst() if ensure_channel_first else None
-        self.spatial_dims = checks.choice("spatial_dims", spatial_dims, (2, 3))
-        self.allow_channels = allow_channels
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Load the volumes into a copy of `data`."""
-        item = dict(data)
-        for key in self.key_iterator(item):
-            item[key] = self._load(item[key], key)
-        return item
-
-    def _load(self, value: Any, key: Hashable) -> torch.Tensor:
-        paths = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if not paths or not all(isinstance(path, str | PathLike) for path in paths):
-            raise TypeError(
-                f"{key}: expected a path or a list of paths, got {type(value).__name__}; load images once only."
-            )
-        paths = [Path(path).expanduser() for path in paths]
-        for path in paths:
-            _check_file(path)
-        name = ", ".join(path.name for path in paths)
-        try:
-            image = self.loader(value)
-        except (MemoryError, OptionalImportError):
-            raise  # the computer's fault, not the file's
-        except Exception as error:
-            hint = "check that the files have one shape" if len(paths) > 1 else "save it again, or give another reader"
-            raise VolumeError(f"{name}: cannot be read ({_first_line(error)}); {hint}.") from error
-        self._check_axes(name, image, len(paths))
-        return image if self.to_channel_first is None else self.to_channel_first(image)
-
-    def _check_axes(self, name: str, image: torch.Tensor, files: int) -> None:
-        # MONAI stacks the files of a list in front; files that have a channel axis are joined along that one.
-        stacked = files > 1 and isinstance(image, MetaTensor) and image.meta.get("original_channel_dim") == 0
-        axes = tuple(image.shape[1:] if stacked else image.shape)
-        extra = len(axes) - self.spatial_dims
-        if extra < 0:
-            raise VolumeError(
-                f"{name}: has {len(axes)} axes {axes}, expected {self.spatial_dims} spatial axes; use a volume, or set "
-                f"spatial_dims={len(axes)}."
-            )
-        if extra == 0 or (extra == 1 and not stacked and (axes[-1] == files or self.allow_channels)):
-            return
-        raise VolumeError(
-            f"{name}: is {len(axes)}D {axes}, expected {self.spatial_dims} spatial axes; save one time point or "
-            "contrast per file, or set allow_channels=True if the last axis holds channels."
-        )
+__all__ = ["CheckVolumesd"]
 
 
 class CheckVolumesd(MapTransform):
@@ -155,7 +56,7 @@ class CheckVolumesd(MapTransform):
         spatial_dims: int = 3,
         min_shape: Sequence[int] | None = None,
         allow_empty_label: bool = True,
-        affine_tolerance: float = 1e-2,
+        affine_tolerance: float = GRID_TOLERANCE,
         ignore_index: int | None = None,
     ) -> None:
         super().__init__([image_key] if label_key is None else [image_key, label_key])
@@ -258,64 +159,14 @@ class CheckVolumesd(MapTransform):
             ]
         if not isinstance(image, MetaTensor) or not isinstance(label, MetaTensor):
             return []
-        difference = np.abs(np.asarray(label.affine.cpu(), float) - np.asarray(image.affine.cpu(), float))
-        near = difference <= self.affine_tolerance * min(checks.affine_spacing(image, name))  # NaN is not
-        if near.all():
+        apart = grid_difference(label.affine.cpu(), image.affine.cpu(), self.affine_tolerance)
+        if not apart:
             return []
-        what = "origin" if near[:-1, :-1].all() else "voxel size or direction"
         return [
-            f"has another affine than its image {name}: the {what} differs by up to {difference.max():.4g} mm; use "
-            "ResampleToMatchd, or copy the header if the voxels agree."
+            f"has another affine than its image {name}: {apart}; use ResampleToMatchd, or copy the header if the "
+            "voxels agree."
         ]
 
 
 def _array(volume: torch.Tensor | np.ndarray) -> np.ndarray:
     return np.asarray(volume.detach().cpu() if isinstance(volume, torch.Tensor) else volume)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip(' .')}" if lines else type(error).__name__
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a file that is missing, empty or, for NIfTI, not one or not complete."""
-    name = path.name
-    if not path.exists():
-        raise VolumeError(f"{name}: no such file ({path}); check the data list and its base folder.") from (
-            FileNotFoundError(f"no such file: {path}")
-        )
-    if path.is_dir():
-        return  # a DICOM series
-    if path.stat().st_size == 0:
-        raise VolumeError(f"{name}: is empty (0 bytes); copy or download it again.")
-    if not name.lower().endswith((".nii", ".nii.gz")):
-        return
-    again = "copy or download it again"
-    compressed = name.lower().endswith(".gz")
-    with path.open("rb") as file:
-        magic = file.read(2)
-    if compressed and magic != b"\x1f\x8b":
-        raise VolumeError(f"{name}: is not gzip-compressed although its name ends in .gz; rename it, or {again}.")
-    try:
-        available = _unpacked_size(path) if compressed else path.stat().st_size
-    except EOFError as error:
-        raise VolumeError(f"{name}: is truncated (its compressed data end too early); {again}.") from error
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise VolumeError(f"{name}: is damaged ({_first_line(error)}); {again}.") from error
-    try:
-        header = nib.load(path)
-        needed = header.dataobj.offset + math.prod(header.shape) * header.get_data_dtype().itemsize
-    except (ImageFileError, HeaderDataError, ValueError, OSError, EOFError) as error:
-        raise VolumeError(f"{name}: is not a NIfTI file, or its header is damaged; export it again.") from error
-    if available < needed:
-        raise VolumeError(f"{name}: is truncated ({available} bytes of {needed}); {again}.")
-
-
-def _unpacked_size(path: Path) -> int:
-    """Length of a gzip file's content; reading to the end is what makes gzip compare the checksum."""
-    size = 0
-    with gzip.open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            size += len(chunk)
-    return size

@@ -12,7 +12,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type
 
 from medconstraints import checks
-from medconstraints.transforms.check_volumes import VolumeError
+from medconstraints.volumes import VolumeError
 
 __all__ = ["WeakLabeld"]
 
