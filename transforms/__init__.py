@@ -24,13 +24,14 @@ from medconstraints.transforms.crop_to_box import RandCropToBoxd
 from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.distance import DecodeDistanceMapd, SignedDistanceMapd
 from medconstraints.transforms.filled_boxes import FilledBoxesd, fill_boxes
+from medconstraints.transforms.inverted_classes import InvertedClassesd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.load_volume import LoadVolumed
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
-from medconstraints.transforms.save_mask import SaveMaskd, save_mask
+from medconstraints.transforms.save_mask import SaveMaskd
 from medconstraints.transforms.semi_supervised import (
     HybridLabeld,
     PredictedBoundsd,
@@ -49,6 +50,7 @@ __all__ = [
     "Erosion",
     "FilledBoxesd",
     "HybridLabeld",
+    "InvertedClassesd",
     "ItemToBoundsd",
     "LabelToBoundsd",
     "LabelToBoxesd",
@@ -82,7 +84,6 @@ __all__ = [
     "presence_bounds",
     "reading_transforms",
     "save_common_bounds",
-    "save_mask",
     "semi_supervised_transforms",
     "statistic_transforms",
     "upstream_mixing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from monai.transforms import (
     Activationsd,
-    AsDiscreted,
     Compose,
     CopyItemsd,
     EnsureTyped,
-    Invertd,
     Lambdad,
     LoadImage,
     MapLabelValued,
@@ -31,6 +29,7 @@ from medconstraints.transforms.bounds import LEVELS, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
 from medconstraints.transforms.check_volumes import CheckVolumesd
 from medconstraints.transforms.dense_crf import DenseCRFd
+from medconstraints.transforms.inverted_classes import InvertedClassesd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.load_volume import LoadVolumed
@@ -261,27 +260,33 @@ def mask_transforms(
     output_dir: str | Path,
     postfix: str = "seg",
     class_values: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    class_names: Mapping[str, str] | None = None,
     dense_crf: bool = False,
 ) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
 
     Args:
         preprocessing: the chain that made the network's input; it is inverted.
-        output_dir: folder of the masks, `<name>_<postfix>.nii.gz`, uint8.
-        postfix: see `output_dir`.
+        output_dir: folder of the masks, `<name>_<postfix>`, uint8, see `SaveMaskd`.
+        postfix: see `output_dir`; of items without a "mask".
         class_values: value of each class in the mask, such as [0, 3] for a network of one organ whose number is 3 in
             the labels of the data set; None writes 0, 1, 2, ...
+        num_classes: of the network with the background: a class that is not found is told as empty. None tells of those
+            that are there.
+        class_names: value in the mask, as a text -> name of its class in reports.
         dense_crf: let the probabilities follow the image, see `DenseCRFd`.
     """
+    values = class_values if num_classes is None else class_values or range(num_classes)
+    names = {int(value): str(name) for value, name in (class_names or {}).items()}
+    classes = None if values is None else {value: names.get(value, str(value)) for value in values[1:]}
     renumber = []
     if class_values is not None:
         renumber = [MapLabelValued("pred", orig_labels=range(len(class_values)), target_labels=class_values)]
     return [
         Activationsd("pred", softmax=True),
         *([DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
-        # Probabilities, not classes, go through the inverse resampling: linear interpolation of a mask is ragged.
-        Invertd("pred", transform=preprocessing, orig_keys="image", nearest_interp=False, to_tensor=True),
-        AsDiscreted("pred", argmax=True),
+        InvertedClassesd("pred", preprocessing=preprocessing),
         *renumber,
-        SaveMaskd("pred", output_dir=output_dir, postfix=postfix),
+        SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes),
     ]

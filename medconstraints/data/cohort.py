@@ -53,16 +53,14 @@ def cohort_items(
     return number_items(items, fully_labelled=fully_labelled)
 
 
-def inference_items(
-    source: str | PathLike[str], *, section: str = "test", output_dir: str | PathLike[str], overwrite: bool = False
-) -> Sequence[dict[str, Any]]:
+def inference_items(source: str | PathLike[str], **options: Any) -> Sequence[dict[str, Any]]:
     """What `volumes_for_inference` lists; `MissingData` if there are no volumes, or their masks exist already.
 
     Raises:
         ValueError: see `volumes_for_inference`.
     """
     try:
-        return volumes_for_inference(Path(source), section=section, output_dir=Path(output_dir), overwrite=overwrite)
+        return volumes_for_inference(Path(source), **options)
     except OSError as error:
         return MissingData(error)
 

@@ -1,15 +1,22 @@
-"""Which volumes an inference run reads, and that nothing it would write is there already."""
+"""Which volumes an inference run reads, what it calls their masks, and that nothing it would write is lost."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
-from medconstraints.data.output_folders import NIFTI_ENDINGS, check_output_dir, mask_path
+from medconstraints.data.output_folders import check_output_dir, mask_path
+from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume
 
-__all__ = ["volumes_for_inference"]
+__all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
+
+INFERENCE_REPORT = "inference.json"
+LONGEST_NAME = 255  # bytes, of most file systems
 
 
 def volumes_for_inference(
@@ -19,65 +26,112 @@ def volumes_for_inference(
     output_dir: str | Path | None = None,
     postfix: str = "seg",
     overwrite: bool = False,
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Items `{"image": path}` for every NIfTI volume of a folder, a datalist or one file.
+    """Items for every file of a folder, an entry of a datalist, or one file; `TolerantDataset` takes them.
 
-    An entry of a datalist whose image is a list of files, one for each channel, gives the list of their paths; the
-    first one names its mask.
+    Keys: "image", its path, or a list of paths, one for each channel, of which the first names the mask; "name", by
+    which reports call it; "mask", the mask's path from the output folder. An item that is not segmented has a reason
+    instead: "refused" for a volume that cannot be, "left_out" for a file that is none, "kept" for one whose mask is
+    there already.
 
     Args:
-        source: a folder (its .nii and .nii.gz files, not those of subfolders, sorted by name), a datalist in the style
-            of the Medical Segmentation Decathlon (paths relative to it), or one NIfTI file.
+        source: a folder with all that is below it (a folder of DICOM slices is one volume), a datalist in the style of
+            the Medical Segmentation Decathlon (paths relative to it), or one volume.
         section: section of the datalist.
-        output_dir: where the masks will be written; it is checked as `check_output_dir` does. None skips the check.
-        postfix: the masks are called `<name>_<postfix>.nii.gz`.
+        output_dir: where the masks will be written, in the folders that the volumes have below the source; it is
+            checked as `check_output_dir` does. None skips the check.
+        postfix: see `mask_path`.
         overwrite: accept masks that exist already. They stay until the new ones are written.
+        resume: keep masks that exist already, and segment the others.
 
     Raises:
         FileNotFoundError: the source does not exist or holds no volume.
-        ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, two volumes have
-            one name, or masks would be written among the volumes of a folder or over one of the volumes.
-        FileExistsError: a mask, or the report `inference.json`, exists already and `overwrite` is False.
+        ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, masks would be
+            written into the folder of the volumes or over one of them, or both `overwrite` and `resume`.
+        FileExistsError: a mask, or the report, exists already, with neither of the two.
         PermissionError: the output folder cannot be written to.
     """
-    source = Path(source)
+    if checks.flag("overwrite", overwrite) and checks.flag("resume", resume):
+        raise ValueError("overwrite, resume: expected one of them at most; resume keeps the masks that are there.")
+    source, output = Path(source), None if output_dir is None else Path(output_dir)
+    items = _listed(source, section, output)
+    if not any("left_out" not in item for item in items):
+        raise FileNotFoundError(f"source: no volume in {source}; it holds {len(items)} other files.")
+    _name_masks(items, postfix)
+    wanted = [item for item in items if "mask" in item and "refused" not in item]
+    if output is not None:
+        _check_apart(source, wanted, output)
+        names = [item["mask"] for item in wanted]
+        check_output_dir(output, [*names, INFERENCE_REPORT], overwrite=overwrite or resume)
+        if resume:
+            for item in wanted:
+                if (output / item["mask"]).exists():
+                    item["kept"] = "has a mask already"
+    return items
+
+
+def _listed(source: Path, section: str, output: Path | None) -> list[dict[str, Any]]:
+    """Items without the names of their masks."""
     if source.is_dir():
-        names = sorted(p for p in source.iterdir() if p.name.endswith(NIFTI_ENDINGS) and not p.name.startswith("."))
-        channels = [[path] for path in names]
-    elif source.suffix == ".json" and source.is_file():
+        items = []
+        for path, reason in find_volumes(source):
+            if output is not None and source.resolve() != output.resolve() and _below(path, output):
+                continue  # results of a former run
+            name = path.relative_to(source).as_posix() if path != source else source.resolve().name
+            items.append({"image": str(path), "name": name, **({"left_out": reason} if reason else {})})
+        return items
+    if source.suffix == ".json" and source.is_file():
         entries = read_datalist(source, section)
-        channels = [_nifti(entry["image"], number, source) for number, entry in enumerate(entries)]
-    elif source.name.endswith(NIFTI_ENDINGS) and source.is_file():
-        channels = [[source]]
-    else:
-        raise FileNotFoundError(
-            f"source: expected a folder of NIfTI files, a datalist (.json) or a NIfTI file, got {source}, which "
-            f"{'is none of them' if source.exists() else 'does not exist'}."
-        )
-    if not channels:
-        raise FileNotFoundError(f"source: no .nii or .nii.gz file in {source}; convert DICOM series to NIfTI first.")
-    images = [paths[0] for paths in channels]
-    masks = [mask_path("", path, postfix=postfix).name for path in images]
-    twice = sorted({mask.removesuffix(f"_{postfix}.nii.gz") for mask in masks if masks.count(mask) > 1})
-    if twice:
-        raise ValueError(f"source: several volumes are called {twice[:5]}, their masks would overwrite each other.")
-    if output_dir is not None:
-        _check_apart(source, [path for paths in channels for path in paths], masks, Path(output_dir))
-        check_output_dir(output_dir, [*masks, "inference.json"], overwrite=overwrite)
-    return [{"image": [str(path) for path in paths] if len(paths) > 1 else str(paths[0])} for paths in channels]
-
-
-def _nifti(image: Any, number: int, source: Path) -> list[Path]:
-    paths = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
-    if paths and all(isinstance(path, str) and path.endswith(NIFTI_ENDINGS) for path in paths):
-        return [Path(path) for path in paths]
-    raise ValueError(
-        f"source: entry {number} of {source.name}: expected one .nii or .nii.gz file for each volume or channel, got "
-        f"{image!r}; convert other formats first."
+        channels = [_paths(entry["image"], number, source) for number, entry in enumerate(entries)]
+        folders = [Path(os.path.abspath(paths[0])).parent for paths in channels]
+        names = [Path(paths[0]).name for paths in channels]
+        if len({*names}) < len(names):  # the same names in different folders keep their folders
+            shared = Path(os.path.commonpath(folders))
+            names = [
+                (folder.relative_to(shared) / name).as_posix() for folder, name in zip(folders, names, strict=True)
+            ]
+        return [
+            {"image": paths if len(paths) > 1 else paths[0], "name": name}
+            for paths, name in zip(channels, names, strict=True)
+        ]
+    if is_volume(source) and source.is_file():
+        return [{"image": str(source), "name": source.name}]
+    raise FileNotFoundError(
+        f"source: expected a folder, a datalist (.json) or a volume ({', '.join(VOLUME_ENDINGS)}), got {source}, which "
+        f"{'is none of them' if source.exists() else 'does not exist'}."
     )
 
 
-def _check_apart(source: Path, images: list[Path], masks: list[str], output_dir: Path) -> None:
+def _paths(image: Any, number: int, source: Path) -> list[str]:
+    paths = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    if paths and all(isinstance(path, str) and (is_volume(Path(path)) or Path(path).is_dir()) for path in paths):
+        return paths
+    raise ValueError(
+        f"source: entry {number} of {source.name}: expected one volume ({', '.join(VOLUME_ENDINGS)}) or DICOM folder "
+        f"for each volume or channel, got {image!r}; convert other formats first."
+    )
+
+
+def _name_masks(items: list[dict[str, Any]], postfix: str) -> None:
+    """The mask of each volume; volumes whose masks could not be told apart, or have no name, are refused."""
+    volumes = [item for item in items if "left_out" not in item]
+    for item in volumes:
+        item["mask"] = mask_path(Path(item["name"]).parent, item["name"], postfix=postfix).as_posix()
+    used = Counter(item["mask"] for item in volumes)
+    for item in volumes:
+        if used[item["mask"]] > 1:
+            same = [other["name"] for other in volumes if other["mask"] == item["mask"]]
+            item["refused"] = f"{' and '.join(same)} would have one mask, {item['mask']}; rename one of them"
+        elif len(os.fsencode(Path(item["mask"]).name)) > LONGEST_NAME:
+            item["refused"] = f"the name of its mask is longer than {LONGEST_NAME} bytes; give it a shorter name"
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(folder.resolve())
+
+
+def _check_apart(source: Path, items: list[dict[str, Any]], output_dir: Path) -> None:
     """Masks must not land among the inputs: the next run would take them for volumes, or replace a volume."""
     folder = output_dir.resolve()
     if source.is_dir() and folder == source.resolve():
@@ -85,8 +139,13 @@ def _check_apart(source: Path, images: list[Path], masks: list[str], output_dir:
             f"output_dir: {output_dir} is the folder of the volumes, the masks would be taken for volumes; choose "
             "another folder."
         )
-    inputs = {path.resolve() for path in images}
-    lost = [mask for mask in masks if (folder / mask).resolve() in inputs]
+    inputs = {
+        Path(path).resolve()
+        for item in items
+        for path in (item["image"] if isinstance(item["image"], list) else [item["image"]])
+        if not Path(path).is_symlink()
+    }
+    lost = [item["mask"] for item in items if (folder / item["mask"]).resolve() in inputs]
     if lost:
         raise ValueError(
             f"output_dir: the mask {lost[0]} would replace a volume of that name in {output_dir}; choose another "

@@ -11,30 +11,29 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from medconstraints.checks import flag
+from medconstraints.volumes.files import mask_ending, volume_stem
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["NIFTI_ENDINGS", "check_output_dir", "check_run_dir", "mask_path"]
+__all__ = ["check_output_dir", "check_run_dir", "lock_folder", "mask_path"]
 
 _LOCKS: dict[Path, FileLock] = {}  # held until the process ends
-NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 def mask_path(output_dir: str | Path, image: str | Path, *, postfix: str = "seg") -> Path:
-    """Where inference writes the mask of a volume: `<output_dir>/<name>_<postfix>.nii.gz`.
+    """Where inference writes the mask of a volume: `<output_dir>/<name>_<postfix>`, and the ending of `mask_ending`.
 
     Args:
         output_dir: folder of the masks.
-        image: file of the volume; its folder does not matter, and its ending .nii or .nii.gz is cut off.
-        postfix: see above.
+        image: file of the volume, or folder of a DICOM series; what it lies in does not matter.
+        postfix: see above; an empty one leaves the name alone.
 
     Example:
         >>> mask_path("masks", "scans/knee.nii").name
         'knee_seg.nii.gz'
     """
-    name = Path(image).name
-    stem = next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
-    return Path(output_dir) / f"{stem}_{postfix}.nii.gz"
+    stem = volume_stem(Path(image).name)
+    return Path(output_dir) / f"{stem}{f'_{postfix}' if postfix else ''}{mask_ending(image)}"
 
 
 def check_output_dir(output_dir: str | Path, names: Sequence[str] | None = None, *, overwrite: bool = False) -> Path:
@@ -88,12 +87,18 @@ def check_run_dir(output_dir: str | Path) -> Path:
             f"output_dir: {folder} has a model.pt but no last.pt to go on from, and training would replace it; choose "
             "another output_dir, or move model.pt away."
         )
-    _lock(folder)
+    lock_folder(folder)
     return folder
 
 
-def _lock(folder: Path) -> None:
-    """Of several processes that train together the first one holds the lock; a process may lock a folder again."""
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out of a folder until this process ends; the lock of a dead process is none.
+
+    Of several processes that work together the first one holds the lock; a process may lock a folder again.
+
+    Raises:
+        FileExistsError: another run holds it.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     lock = _LOCKS.setdefault(folder.resolve(), FileLock(folder / ".lock"))
@@ -101,7 +106,7 @@ def _lock(folder: Path) -> None:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise FileExistsError(
-            f"output_dir: another training is writing to {folder}; wait until it ends, or choose another output_dir."
+            f"output_dir: another run is writing to {folder}; wait until it ends, or choose another output_dir."
         ) from error
     except NotImplementedError:
-        logger.warning("%s: its file system has no locks; do not start a second training into it", folder)
+        logger.warning("%s: its file system has no locks; do not start a second run into it", folder)

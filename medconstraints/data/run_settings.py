@@ -17,17 +17,19 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import create_workflow
 
 from medconstraints.data.datalist_sections import fingerprints, load_datalist
 from medconstraints.data.missing import MissingData
-from medconstraints.data.output_folders import check_run_dir
+from medconstraints.data.output_folders import check_run_dir, lock_folder
 
 __all__ = [
     "SETTINGS_FILE",
@@ -184,21 +186,31 @@ def start_run(output_dir: str | Path) -> None:
 
 
 def start_inference(volumes: Any, output_dir: str | Path) -> None:
-    """Before an inference: stop if the volumes are not there, and remove the settings of a former run.
+    """Before an inference: stop if the volumes are not there, keep other runs out, clear what a dead one left.
+
+    Where torchrun started several processes, they meet here.
 
     Args:
         volumes: of `inference_items`.
-        output_dir: folder of the masks; `write_settings` follows when all are done.
+        output_dir: folder of the masks; `finish_inference` follows when all are done.
 
     Raises:
-        OSError: the error that `inference_items` met.
+        OSError: the error that `inference_items` met, or another run writes to the folder.
         ValueError: the strides of the network do not divide `patch_size`.
     """
     if (call := _running()) is not None:
         _check_patch_size(call.parser.config)
     if isinstance(volumes, MissingData):
         raise volumes.error
-    (Path(output_dir) / SETTINGS_FILE).unlink(missing_ok=True)
+    folder = Path(output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        lock_folder(folder)
+        (folder / SETTINGS_FILE).unlink(missing_ok=True)
+        for left in folder.rglob(".part_*"):
+            left.unlink(missing_ok=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        # Some have done their share hours before others have.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def _warn_of_shared_cases(datalist: Mapping[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, list_data_collate
@@ -17,15 +19,18 @@ from monai.inferers import Inferer
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys
 from torch import nn
+from torch.utils.data import Subset
 
+from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
 from medconstraints.engines.prepare_batch import source_file
+from medconstraints.volumes import write_whole
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
 
 logger = logging.getLogger(__name__)
 
-_FAILURE = "failure"
+_STATES = {"refused": "failed", "left_out": "left out", "kept": "kept"}
 
 
 def _reason(error: BaseException) -> str:
@@ -36,7 +41,10 @@ def _reason(error: BaseException) -> str:
 
 
 class TolerantDataset(Dataset):
-    """Data set whose item is `{"failure": reason, "file": name}` when its transform fails, instead of an exception.
+    """Data set whose item is `{"state": "failed", "reason": ..., "name": ...}` when its transform fails.
+
+    Items that are not to be segmented (see `volumes_for_inference`) come as such, with the state "failed", "left out"
+    or "kept", and are not read.
 
     Args:
         data: items, dictionaries with a file path under `image_key`.
@@ -49,22 +57,28 @@ class TolerantDataset(Dataset):
         self.image_key = image_key
 
     def __getitem__(self, index: int) -> Any:
-        """Transformed item, or the failure."""
+        """Transformed item, or what became of it."""
+        item = self.data[index]
+        file = item[self.image_key]
+        file = str(file[0] if isinstance(file, list) else file)  # of several channels the first names the mask
+        told = {"name": item.get("name", Path(file).name), "mask": ""}
+        for key, state in _STATES.items():
+            if key in item:
+                mask = item["mask"] if state == "kept" else ""
+                return {**told, "mask": mask, "state": state, "reason": item[key]}
         try:
             return super().__getitem__(index)
         except Exception as error:
-            file = self.data[index][self.image_key]
-            # Of several channels the first file names the mask.
-            return {_FAILURE: _reason(error), "file": str(file[0] if isinstance(file, list) else file)}
+            return {**told, "state": "failed", "reason": _reason(error), "mask": item.get("mask", "")}
 
 
 def collate_or_failure(batch: Sequence[Any]) -> Any:
-    """MONAI's `list_data_collate`, or the failure itself; for batches of one item.
+    """MONAI's `list_data_collate`, or what became of an item; for batches of one item.
 
     Raises:
         ValueError: a failure in a batch of several items.
     """
-    if any(_FAILURE in item for item in batch):
+    if any("state" in item for item in batch):
         if len(batch) > 1:
             raise ValueError(f"batch_size: expected 1 for inference that survives bad files, got {len(batch)}.")
         return dict(batch[0])
@@ -72,10 +86,11 @@ def collate_or_failure(batch: Sequence[Any]) -> Any:
 
 
 class TolerantEvaluator(SupervisedEvaluator):
-    """MONAI's `SupervisedEvaluator` that goes on after a failing volume and reports all failures at the end.
+    """MONAI's `SupervisedEvaluator` that goes on after a failing volume and tells of all volumes at the end.
 
     A volume that cannot be read, and one whose inference or saving fails, is written down with its reason. At the end a
-    list is logged, and written as `report_path` when that is given.
+    summary is logged, and everything written to `inference.json` in `output_dir`. Started as several processes, each
+    takes its share of the data set, and the first one tells of all.
 
     Args:
         device: where the network is.
@@ -84,15 +99,17 @@ class TolerantEvaluator(SupervisedEvaluator):
         val_data_loader: batches of one volume with `collate_or_failure`, in place of `dataset`.
         inferer, postprocessing, val_handlers: as in MONAI.
         amp: mixed precision; None uses it on a GPU.
-        report_path: JSON file for the names of the files done and of those that failed with reasons, or None. That of
-            a former run is removed at the start.
-        output_dir: folder of the masks, see `SaveMaskd`. The mask that a failing volume has there from a former run is
-            renamed to `<mask>.old`: it must not look like one of this run. None leaves masks alone.
-        postfix: of the masks' names.
+        output_dir: folder of the masks, see `SaveMaskd`, and of the report; that of a former run is removed at the
+            start. The mask that a failing volume has there from a former run is renamed to `<mask>.old`: it must not
+            look like one of this run. None writes nothing.
+        postfix: of the masks' names, for items without "mask".
+
+    Attributes:
+        rows: of each volume "name", "state" ("done", "failed", "left out" or "kept"), "reason", "mask", "seconds"; of
+            those done also "image", the path, which reports do not tell.
 
     Raises:
         ValueError: both or none of `dataset` and `val_data_loader`.
-        RuntimeError: at the end of a run in which every volume failed.
     """
 
     def __init__(
@@ -106,20 +123,18 @@ class TolerantEvaluator(SupervisedEvaluator):
         postprocessing: Transform | None = None,
         val_handlers: Sequence[Any] | None = None,
         amp: bool | None = None,
-        report_path: str | Path | None = None,
         output_dir: str | Path | None = None,
         postfix: str = "seg",
     ) -> None:
         if (dataset is None) == (val_data_loader is None):
             raise ValueError("dataset, val_data_loader: expected exactly one of them; a data set gets its own loader.")
         if val_data_loader is None:
-            val_data_loader = DataLoader(dataset, collate_fn=collate_or_failure)
+            share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))  # type: ignore[arg-type]
+            val_data_loader = DataLoader(share, collate_fn=collate_or_failure)
         device = torch.device(device)
-        self.report_path = None if report_path is None else Path(report_path)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.postfix = postfix
-        self.failures: list[dict[str, str]] = []
-        self.done: list[str] = []
+        self.rows: list[dict[str, Any]] = []
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
@@ -133,23 +148,36 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._check_finite)
         self.add_event_handler(Events.COMPLETED, self._finish)
 
+    @property
+    def exit_status(self) -> int:
+        """0 if no volume failed, 2 if all that should have been segmented did, else 1."""
+        states = [row["state"] for row in self.rows]
+        return 0 if "failed" not in states else 1 if "done" in states or "kept" in states else 2
+
     def _start(self, engine: Engine) -> None:
-        self.failures, self.done = [], []
-        if self.report_path is not None:
-            self.report_path.unlink(missing_ok=True)
+        self.rows = []
+        if self.output_dir is not None and idist.get_rank() == 0:
+            (self.output_dir / INFERENCE_REPORT).unlink(missing_ok=True)
 
     def _iteration(self, engine: Any, batchdata: Any) -> Any:
-        if _FAILURE in batchdata:
-            self._fail(batchdata["file"], batchdata[_FAILURE])
+        start = time.perf_counter()
+        if "state" in batchdata:
+            self._add(batchdata["name"], batchdata["state"], batchdata["reason"], batchdata["mask"])
             return {}
-        name = source_file(batchdata["image"]) or "volume"
+        file = source_file(batchdata["image"]) or "volume"
+        name, mask = (str(batchdata[key][0]) if key in batchdata else "" for key in ("name", "mask"))
+        name = name or Path(file).name
+        if not mask and self.output_dir is not None:
+            mask = mask_path("", file, postfix=self.postfix).name
         try:
             output = super()._iteration(engine, batchdata)
         except Exception as error:
             engine.state.output = {}
-            self._fail(name, _reason(error))
+            self._add(name, "failed", _reason(error), mask)
             return {}
-        self.done.append(name)
+        self._add(name, "done", "", mask, time.perf_counter() - start)
+        meta = getattr(batchdata["image"], "meta", {}).get("filename_or_obj") or ""
+        self.rows[-1]["image"] = str(meta if isinstance(meta, str) else meta[0])
         return output
 
     @staticmethod
@@ -159,24 +187,34 @@ class TolerantEvaluator(SupervisedEvaluator):
                 "the network's output has NaN or infinite values: its weights are not sound, or such are in the image"
             )
 
-    def _fail(self, file: str, reason: str) -> None:
-        self.failures.append({"file": Path(file).name, "reason": reason})
-        logger.error("%s failed: %s", Path(file).name, reason)
-        if self.output_dir is None:
+    def _add(self, name: str, state: str, reason: str, mask: str, seconds: float = 0.0) -> None:
+        row = {"name": name, "state": state, "reason": reason, "mask": mask if state in ("done", "kept") else ""}
+        self.rows.append({**row, "seconds": round(seconds, 2)})
+        if state != "failed":
             return
-        mask = mask_path(self.output_dir, file, postfix=self.postfix)
-        if mask.exists():
-            os.replace(mask, mask.with_name(mask.name + ".old"))
-            logger.warning("%s: its mask of a former run is now called %s.old", Path(file).name, mask.name)
+        logger.error("%s failed: %s", name, reason)
+        former = None if self.output_dir is None or not mask else self.output_dir / mask
+        if former is not None and former.exists():
+            os.replace(former, former.with_name(former.name + ".old"))
+            logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 
     def _finish(self, engine: Engine) -> None:
-        if self.report_path is not None:
-            self.report_path.parent.mkdir(parents=True, exist_ok=True)
-            self.report_path.write_text(json.dumps({"done": self.done, "failed": self.failures}, indent=2) + "\n")
-        total = len(self.done) + len(self.failures)
-        lines = [f"  {f['file']}: {f['reason']}" for f in self.failures]
-        logger.log(
-            logging.ERROR if lines else logging.INFO, "\n".join([f"{len(self.done)} of {total} volumes done", *lines])
-        )
-        if total and not self.done:
-            raise RuntimeError("every volume failed:\n" + "\n".join(lines))
+        if idist.get_world_size() > 1:
+            gathered: list[Any] = [None] * idist.get_world_size()
+            torch.distributed.all_gather_object(gathered, self.rows)
+            self.rows = sorted((row for rows in gathered for row in rows), key=lambda row: row["name"])
+            if idist.get_rank() > 0:
+                return
+        by_state = {state: [row for row in self.rows if row["state"] == state] for state in ("done", *_STATES.values())}
+        total = len(self.rows) - len(by_state["left out"])
+        counts = [
+            f"{len(rows)} {state}" for state, rows in by_state.items() if rows and state not in ("done", "failed")
+        ]
+        lines = [f"  {row['name']}: {row['reason']}" for row in by_state["failed"]]
+        head = ", ".join([f"{len(by_state['done'])} of {total} volumes done", *counts])
+        # Told before anything is written: the disk may be full.
+        logger.log(logging.ERROR if lines else logging.INFO, "\n".join([head, *lines]))
+        if self.output_dir is not None:
+            rows = [{key: value for key, value in row.items() if key != "image"} for row in self.rows]
+            text = json.dumps({"volumes": rows}, indent=1) + "\n"
+            write_whole(self.output_dir / INFERENCE_REPORT, lambda path: path.write_text(text, encoding="utf-8"))

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from medconstraints.data.datalist_sections import load_datalist, read_datalist
-from medconstraints.data.output_folders import NIFTI_ENDINGS
+from medconstraints.volumes.files import is_volume, volume_stem
 
 __all__ = ["Entry", "find_predictions", "read_class_names", "read_section"]
 
@@ -69,7 +69,7 @@ def read_class_names(datalist: str | PathLike[str]) -> dict[int, str]:
 def find_predictions(
     entries: Iterable[Entry], predictions_dir: str | PathLike[str], *, suffix: str = "_seg"
 ) -> dict[str, Path | None]:
-    """The file `{name}{suffix}.nii.gz` (or `.nii`) anywhere below `predictions_dir` for each entry; None = missing.
+    """The volume `{name}{suffix}` of any format anywhere below `predictions_dir` for each entry; None = missing.
 
     Raises:
         FileNotFoundError: when the folder does not exist, or holds no prediction of any entry.
@@ -78,10 +78,10 @@ def find_predictions(
     folder = Path(predictions_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"predictions: no folder {folder}.")
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith(NIFTI_ENDINGS) and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if is_volume(path) and path.is_file())
     predictions: dict[str, Path | None] = {}
     for entry in entries:
-        matches = [path for path in files if path.name in {f"{entry.name}{suffix}{end}" for end in NIFTI_ENDINGS}]
+        matches = [path for path in files if volume_stem(path.name) == f"{entry.name}{suffix}"]
         if len(matches) > 1:
             found = [str(match.relative_to(folder)) for match in matches]
             raise ValueError(f"predictions: {len(matches)} files fit {entry.name}, {found}; keep one run per folder.")
@@ -89,6 +89,6 @@ def find_predictions(
     if not any(predictions.values()):
         raise FileNotFoundError(
             f"predictions: nothing below {folder} is named like {next(iter(predictions))}{suffix}.nii.gz; it holds "
-            f"{[path.name for path in files[:3]] or 'no NIfTI files'}. Check the folder and the suffix ({suffix!r})."
+            f"{[path.name for path in files[:3]] or 'no volumes'}. Check the folder and the suffix ({suffix!r})."
         )
     return predictions

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from medconstraints.boxes import map_boxes
+from medconstraints.reports.planes import COLOURS
 from medconstraints.reports.volumes import Volume, read_image, read_labels, require_same_grid
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ __all__ = ["ReportCase", "montage"]
 COLUMNS = ("Image", "Boxes", "Prediction", "Reference")
 MAX_PNG_BYTES = 600_000
 
-# Okabe and Ito's palette: told apart with every common colour vision, and on grey; class k takes colour k - 1, cyclic.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#999999")
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 _PANEL_INCHES = 2.3
 _TEXT_INCHES = 0.5
@@ -251,4 +250,4 @@ def _write(axes: Axes, text: str, x: float, y: float) -> None:
 
 
 def _colour(number: int) -> str:
-    return _COLOURS[(number - 1) % len(_COLOURS)]
+    return COLOURS[(number - 1) % len(COLOURS)]

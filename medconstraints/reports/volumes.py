@@ -1,4 +1,4 @@
-"""Read NIfTI volumes for a report, turn their axes to RAS, and check that two lie on one voxel grid."""
+"""Read volumes for a report, turn their axes to RAS, and check that two lie on one voxel grid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.filebasedimages import ImageFileError
+
+from medconstraints.volumes import VolumeError
+from medconstraints.volumes.files import read_voxels
+from medconstraints.volumes.grids import grid_difference
 
 __all__ = ["Volume", "read_image", "read_labels", "require_same_grid"]
 
@@ -47,7 +50,7 @@ def read_image(path: str | Path) -> Volume:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no NIfTI volume of 2 to 4 axes.
+        ValueError: when it is no volume of 2 to 4 axes.
     """
     volume = _load(Path(path), "image")
     data = volume.data[..., 0] if volume.data.ndim == 4 else volume.data
@@ -61,7 +64,7 @@ def read_labels(path: str | Path, what: str = "labels") -> Volume:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no NIfTI volume, has more axes (one-hot), or holds values that are no integers.
+        ValueError: when it is no volume, has more axes (one-hot), or holds values that are no integers.
     """
     volume = _load(Path(path), what)
     data = volume.data
@@ -73,8 +76,8 @@ def read_labels(path: str | Path, what: str = "labels") -> Volume:
     return Volume(volume.path, np.rint(data).astype(np.int32), volume.affine)
 
 
-def require_same_grid(volume: Volume, reference: Volume, *, tolerance_voxels: float = 1e-3) -> None:
-    """Check equal shape, and affines equal entry by entry within `tolerance_voxels` of the smallest voxel edge.
+def require_same_grid(volume: Volume, reference: Volume) -> None:
+    """Check equal shape, and affines that are one grid (`grid_difference`).
 
     Raises:
         ValueError: naming both files and what differs.
@@ -84,25 +87,17 @@ def require_same_grid(volume: Volume, reference: Volume, *, tolerance_voxels: fl
         raise ValueError(
             f"{volume.path} has shape {volume.data.shape} but {reference.path} has {reference.data.shape}; {advice}"
         )
-    difference = np.abs(volume.affine - reference.affine).max()
-    if difference > tolerance_voxels * reference.spacing_mm.min():
-        raise ValueError(
-            f"{volume.path} and {reference.path} have different affines (largest difference {difference:.4g}, "
-            f"voxel {tuple(np.round(reference.spacing_mm, 4).tolist())} mm); {advice}"
-        )
+    if apart := grid_difference(volume.affine, reference.affine):
+        raise ValueError(f"{volume.path} and {reference.path} have different affines: {apart}; {advice}")
 
 
 def _load(path: Path, what: str) -> Volume:
-    if not path.is_file():
-        raise FileNotFoundError(f"{what}: no file {path}; check the data list and its base folder.")
     try:
-        image = nib.load(path)
-    except ImageFileError as error:
-        raise ValueError(f"{what}: {path} is not a NIfTI volume that nibabel can read ({error}).") from error
-    data = np.asanyarray(image.dataobj)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) == 0:
-        raise ValueError(f"{what}: the affine of {path} is singular, so it has no voxel size; rewrite its header.")
+        data, affine = read_voxels(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what}: no file {path}; check the data list and its base folder.") from error
+    except VolumeError as error:
+        raise ValueError(f"{what}: {error}") from error
     # A 2D image is stored as (X, Y) by some tools and as (X, Y, 1) by others; both mean the same grid.
     while data.ndim > 2 and data.shape[-1] == 1:
         data = data[..., 0]

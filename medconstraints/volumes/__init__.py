@@ -2,7 +2,9 @@
 
 from medconstraints.volumes.dicom import DicomReader, read_series
 from medconstraints.volumes.errors import VolumeError
+from medconstraints.volumes.facts import mask_facts
 from medconstraints.volumes.itk_files import ItkFileReader
+from medconstraints.volumes.masks import save_mask, write_whole
 from medconstraints.volumes.nifti import NiftiReader, affine_mm, geometry_notes, load_nifti
 
 __all__ = [
@@ -13,5 +15,8 @@ __all__ = [
     "affine_mm",
     "geometry_notes",
     "load_nifti",
+    "mask_facts",
     "read_series",
+    "save_mask",
+    "write_whole",
 ]

@@ -15,8 +15,9 @@ import SimpleITK as sitk
 from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, read_itk
 
-__all__ = ["DicomReader", "is_dicom", "read_series", "series_of"]
+__all__ = ["DICOM_ENDINGS", "DicomReader", "is_dicom", "read_series", "series_of"]
 
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 UNEVEN = 0.02  # share of the slices' distance by which one of them may differ; positions are stored as texts
 TILT_DEG = 0.5  # by which the stack may lean against its slices
 
@@ -48,7 +49,11 @@ def series_of(folder: Path) -> Mapping[str, Sequence[str]]:
     series = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
     read = {Path(name).name for names in series.values() for name in names}
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.upper() != "DICOMDIR"]
-    lost = [path.name for path in files if path.name not in read and (_ends(path) or is_dicom(path))]
+    lost = [
+        path.name
+        for path in files
+        if path.name not in read and (path.suffix.lower() in DICOM_ENDINGS or is_dicom(path))
+    ]
     if lost:
         raise VolumeError(
             f"{folder.name}: {len(lost)} of {len(read) + len(lost)} DICOM files are truncated or damaged: "
@@ -176,10 +181,6 @@ def _require_grey(folder: Path, image: Any) -> None:
         raise VolumeError(f"{folder.name}: holds colours, not intensities; this may be a screen shot or a report.")
 
 
-def _ends(path: Path) -> bool:
-    return path.suffix.lower() in (".dcm", ".dicom", ".ima")
-
-
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - 5
     return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
@@ -201,7 +202,7 @@ class DicomReader(ItkFileReader):
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether these are folders, or DICOM files by their ending."""
         names = filename if isinstance(filename, list | tuple) else [filename]
-        return all(Path(name).is_dir() or _ends(Path(name)) for name in names)
+        return all(Path(name).is_dir() or Path(name).suffix.lower() in DICOM_ENDINGS for name in names)
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int]:
         if path.is_dir():

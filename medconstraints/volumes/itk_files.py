@@ -13,7 +13,7 @@ from monai.data.image_reader import ImageReader, _copy_compatible_dict, _stack_i
 
 from medconstraints.volumes.errors import VolumeError
 
-__all__ = ["ITK_ENDINGS", "ItkFileReader", "itk_affine", "read_itk"]
+__all__ = ["ITK_ENDINGS", "ItkFileReader", "itk_affine", "read_itk", "voxels_of"]
 
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 
@@ -25,6 +25,12 @@ def itk_affine(image: Any) -> npt.NDArray[np.float64]:
     affine[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * np.asarray(image.GetSpacing())
     affine[:dims, 3] = image.GetOrigin()
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def voxels_of(image: Any) -> npt.NDArray[Any]:
+    """Voxels (*S), or (*S, C), of a SimpleITK image, whose arrays have the last axis first, and channels behind."""
+    voxels, dims = sitk.GetArrayFromImage(image), image.GetDimension()
+    return np.asarray(voxels.transpose([*range(dims)[::-1], *range(dims, voxels.ndim)]))
 
 
 def read_itk(path: Path) -> Any:
@@ -80,6 +86,4 @@ class ItkFileReader(ImageReader):
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int]:
         """Voxels (*S) or (*S, C), affine, and the number of spatial axes."""
         image = read_itk(path)
-        axes = list(range(image.GetDimension()))[::-1]  # ITK's arrays have the last axis first, and channels behind
-        voxels = sitk.GetArrayFromImage(image)
-        return voxels.transpose([*axes, *range(len(axes), voxels.ndim)]), itk_affine(image), len(axes)
+        return voxels_of(image), itk_affine(image), image.GetDimension()
