@@ -11,7 +11,7 @@ from typing import Any
 from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
-from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume
+from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
 
@@ -86,7 +86,7 @@ def _listed(source: Path, section: str, output: Path | None) -> list[dict[str, A
         channels = [_paths(entry["image"], number, source) for number, entry in enumerate(entries)]
         folders = [Path(os.path.abspath(paths[0])).parent for paths in channels]
         names = [Path(paths[0]).name for paths in channels]
-        if len({*names}) < len(names):  # the same names in different folders keep their folders
+        if len({volume_stem(name) for name in names}) < len(names):  # they keep their folders
             shared = Path(os.path.commonpath(folders))
             names = [
                 (folder.relative_to(shared) / name).as_posix() for folder, name in zip(folders, names, strict=True)

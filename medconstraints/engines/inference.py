@@ -61,15 +61,14 @@ class TolerantDataset(Dataset):
         item = self.data[index]
         file = item[self.image_key]
         file = str(file[0] if isinstance(file, list) else file)  # of several channels the first names the mask
-        told = {"name": item.get("name", Path(file).name), "mask": ""}
+        told = {"name": item.get("name", Path(file).name), "mask": item.get("mask", "")}
         for key, state in _STATES.items():
             if key in item:
-                mask = item["mask"] if state == "kept" else ""
-                return {**told, "mask": mask, "state": state, "reason": item[key]}
+                return {**told, "state": state, "reason": item[key]}
         try:
             return super().__getitem__(index)
         except Exception as error:
-            return {**told, "state": "failed", "reason": _reason(error), "mask": item.get("mask", "")}
+            return {**told, "state": "failed", "reason": _reason(error)}
 
 
 def collate_or_failure(batch: Sequence[Any]) -> Any:
@@ -167,8 +166,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         file = source_file(batchdata["image"]) or "volume"
         name, mask = (str(batchdata[key][0]) if key in batchdata else "" for key in ("name", "mask"))
         name = name or Path(file).name
-        if not mask and self.output_dir is not None:
-            mask = mask_path("", file, postfix=self.postfix).name
+        mask = mask or mask_path("", file, postfix=self.postfix).name
         try:
             output = super()._iteration(engine, batchdata)
         except Exception as error:
@@ -193,8 +191,10 @@ class TolerantEvaluator(SupervisedEvaluator):
         if state != "failed":
             return
         logger.error("%s failed: %s", name, reason)
-        former = None if self.output_dir is None or not mask else self.output_dir / mask
-        if former is not None and former.exists():
+        if self.output_dir is None:
+            return
+        former = self.output_dir / mask if mask else mask_path(self.output_dir, name, postfix=self.postfix)
+        if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
             os.replace(former, former.with_name(former.name + ".old"))
             logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from medconstraints.data.run_settings import read_settings
 from medconstraints.reports.datalist import Entry, find_predictions, read_section
@@ -31,6 +33,7 @@ __all__ = ["dice", "evaluate_predictions", "format_summary", "hd95_mm"]
 
 logger = logging.getLogger(__name__)
 
+SHEAR = 1e-3  # cosine between two axes from which on they are not at right angles
 _RESERVED = ("name", "image", "reason")
 # A path from the root, at the start of an argument or after a character that can precede one.
 _ABSOLUTE_PATH = re.compile(r"""(?<![^\s='"(\[,])(?:[A-Za-z]:[\\/]|/)[^\s='"()\[\],]*""")
@@ -47,7 +50,13 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     return 2.0 * int((prediction & reference).sum()) / total if total else 1.0
 
 
-def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]) -> float | None:
+def hd95_mm(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing_mm: Sequence[float] | None = None,
+    *,
+    affine: np.ndarray | None = None,
+) -> float | None:
     """95th percentile Hausdorff distance in mm: the larger of the two directed 95th percentiles.
 
     Directed distances go from every surface voxel of one mask to the nearest surface voxel of the other; each direction
@@ -58,13 +67,21 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[
     Args:
         prediction: boolean mask of 2 or 3 axes.
         reference: boolean mask of the same shape.
-        spacing_mm: voxel edge along each axis.
+        spacing_mm: voxel edge along each axis, of a grid whose axes are at right angles.
+        affine: in its place, voxel to mm of any grid; of a sheared one the distances are those of the voxels' centres.
 
     Returns:
         The distance, or None when a mask is empty and there is none.
     """
     if not prediction.any() or not reference.any():
         return None
+    if spacing_mm is None:
+        if affine is None:
+            raise ValueError("spacing_mm, affine: expected one of them, got none.")
+        edges = np.asarray(affine, dtype=np.float64)[:3, : prediction.ndim]
+        spacing_mm = np.linalg.norm(edges, axis=0).tolist()
+        if np.abs((edges / spacing_mm).T @ (edges / spacing_mm) - np.eye(prediction.ndim)).max() > SHEAR:
+            return _hd95_of_points(*(np.argwhere(_surface(mask)) @ edges.T for mask in (prediction, reference)))
     axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
     if len(axes) >= 2:
         shape = [reference.shape[axis] for axis in axes]
@@ -81,6 +98,15 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[
             spacing=[float(edge) for edge in spacing_mm],
         )
     return float(distance)
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    return np.asarray(mask & ~ndimage.binary_erosion(mask))
+
+
+def _hd95_of_points(first: np.ndarray, second: np.ndarray) -> float:
+    directed = [cKDTree(there).query(here)[0] for here, there in ((first, second), (second, first))]
+    return float(max(np.percentile(distances, 95) for distances in directed))
 
 
 def evaluate_predictions(
@@ -109,22 +135,24 @@ def evaluate_predictions(
 
     Returns:
         A dict that JSON can hold. `cases`: for each volume `name`, `image`, and for each structure `dice`, `hd95_mm`,
-        `volume_ml_prediction`, `volume_ml_reference`; a volume without prediction has a `reason` instead. `summary`:
-        for each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
+        `volume_ml_prediction`, `volume_ml_reference`; one without a prediction on its grid has a `reason`. `summary`: for
+        each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
         scored; sd is the sample standard deviation (ddof = 1), None below two values. `missing`: names of the volumes
         not scored. `structures`: as given. `settings`: what the run that wrote the masks left beside them in
         `settings.json`, or None. `provenance`: the command, date (UTC), seconds, versions. Neither has absolute paths.
 
     Raises:
         FileNotFoundError: when the list, the folder, a reference, or every prediction is missing.
-        ValueError: for a bad section or structure, several predictions of one volume, a file that is no label map, or
-            a prediction whose shape or affine (1e-3 of a voxel) is not the reference's.
+        ValueError: for a bad section or structure, several predictions of one volume, a reference that is no label map,
+            or predictions of which none can be scored.
     """
     start = time.perf_counter()
     checked = _check_structures(structures)
     entries = read_section(datalist, section, base_dir=base_dir)
     masks = find_predictions(entries, predictions, suffix=suffix)
     cases = [_scored(entry, masks[entry.name], checked, suffix) for entry in entries]
+    if all("reason" in row for row in cases):
+        raise ValueError(f"predictions: none can be scored; {cases[0]['reason']}")
     scores = {name: [row[name] for row in cases if name in row] for name in checked}
     for name, rows in scores.items():
         if all(score["volume_ml_reference"] == 0 for score in rows):
@@ -175,8 +203,13 @@ def _scored(entry: Entry, path: Path | None, structures: Mapping[str, Sequence[i
         logger.warning("%s: %s; it is not in the means.", entry.name, row["reason"])
         return row
     reference = read_labels(entry.label, f"label of {entry.name}")
-    prediction = read_labels(path, f"prediction of {entry.name}")
-    require_same_grid(prediction, reference)
+    try:
+        prediction = read_labels(path, f"prediction of {entry.name}")
+        require_same_grid(prediction, reference)
+    except ValueError as error:
+        row["reason"] = str(error)
+        logger.warning("%s: %s; it is not in the means.", entry.name, error)
+        return row
     return row | {name: _score(prediction, reference, values) for name, values in structures.items()}
 
 
@@ -193,7 +226,7 @@ def _score(prediction: Volume, reference: Volume, values: Sequence[int]) -> dict
     predicted, expected = np.isin(prediction.data, values), np.isin(reference.data, values)
     return {
         "dice": dice(predicted, expected),
-        "hd95_mm": hd95_mm(predicted, expected, reference.spacing_mm.tolist()),
+        "hd95_mm": hd95_mm(predicted, expected, affine=reference.affine),
         "volume_ml_prediction": int(predicted.sum()) * reference.voxel_ml,
         "volume_ml_reference": int(expected.sum()) * reference.voxel_ml,
     }

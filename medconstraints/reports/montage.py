@@ -136,7 +136,7 @@ def _cut(case: ReportCase, axis: int | None) -> _Row:
         if path is not None:
             labels = read_labels(path, f"{what} of {case.name}").canonical()
             # Headers of public data differ a little between image and label; scores use the strict check.
-            require_same_grid(labels, image, tolerance_voxels=0.5)
+            require_same_grid(labels, image, tolerance=0.5)
         volumes[what] = None if path is None else labels.data
     if axis is None:  # one voxel deep, else the thickest slices, else (within 1 %) the last such axis
         depths = [np.inf if size == 1 else step for size, step in zip(image.data.shape, image.spacing_mm, strict=True)]

@@ -11,7 +11,7 @@ from nibabel.affines import voxel_sizes
 
 from medconstraints.volumes import VolumeError
 from medconstraints.volumes.files import read_voxels
-from medconstraints.volumes.grids import grid_difference
+from medconstraints.volumes.grids import GRID_TOLERANCE, grid_difference
 
 __all__ = ["Volume", "read_image", "read_labels", "require_same_grid"]
 
@@ -76,7 +76,7 @@ def read_labels(path: str | Path, what: str = "labels") -> Volume:
     return Volume(volume.path, np.rint(data).astype(np.int32), volume.affine)
 
 
-def require_same_grid(volume: Volume, reference: Volume) -> None:
+def require_same_grid(volume: Volume, reference: Volume, *, tolerance: float = GRID_TOLERANCE) -> None:
     """Check equal shape, and affines that are one grid (`grid_difference`).
 
     Raises:
@@ -85,10 +85,11 @@ def require_same_grid(volume: Volume, reference: Volume) -> None:
     advice = "save the mask in the reference's own grid (MONAI: Invertd before SaveImaged)."
     if volume.data.shape != reference.data.shape:
         raise ValueError(
-            f"{volume.path} has shape {volume.data.shape} but {reference.path} has {reference.data.shape}; {advice}"
+            f"{volume.path.name} has shape {volume.data.shape} but {reference.path.name} has {reference.data.shape}; "
+            f"{advice}"
         )
-    if apart := grid_difference(volume.affine, reference.affine):
-        raise ValueError(f"{volume.path} and {reference.path} have different affines: {apart}; {advice}")
+    if apart := grid_difference(volume.affine, reference.affine, tolerance):
+        raise ValueError(f"{volume.path.name} and {reference.path.name} have different affines: {apart}; {advice}")
 
 
 def _load(path: Path, what: str) -> Volume:

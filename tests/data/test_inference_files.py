@@ -35,16 +35,76 @@ def tree(folder):
 
 
 def names(items):
-    assert all(set(item) == {"image"} and isinstance(item["image"], str) for item in items)
-    return [os.path.basename(item["image"]) for item in items]
+    """Of the volumes; the other files have a reason."""
+    return [item["name"] for item in items if "left_out" not in item]
 
 
 def test_folder_and_file(folder):
     items = volumes_for_inference(str(folder))
-    assert names(items) == ["a.nii", "b.nii.gz", "c.1.nii.gz"]
-    assert items[0]["image"] == str(folder / "a.nii")
+    assert names(items) == ["a.nii", "b.nii.gz", "c.1.nii.gz", "mask.nrrd", "sub/d.nii.gz"]
+    assert items[0] == {"image": str(folder / "a.nii"), "name": "a.nii", "mask": "a_seg.nii.gz"}
+    assert [item["mask"] for item in items if "mask" in item][3:] == ["mask_seg.nrrd", "sub/d_seg.nii.gz"]
+    assert {item["name"]: item["left_out"] for item in items if "left_out" in item} == {
+        "notes.txt": "is no NIfTI, NRRD, MetaImage or DICOM file by its name",
+        ".hidden.nii.gz": "is a hidden file",
+    }
     for name in ("a.nii", "b.nii.gz"):
-        assert volumes_for_inference(folder / name) == [{"image": str(folder / name)}]
+        [item] = volumes_for_inference(folder / name, postfix="")
+        assert item == {"image": str(folder / name), "name": name, "mask": f"{name[0]}.nii.gz"}
+
+
+def test_every_kind_of_file_is_a_volume_or_has_its_reason(tmp_path):
+    files = {
+        "CAPS.NII.GZ": "",
+        "a.img": "",
+        "a.hdr": "is the header of the .img file",
+        "b.hdr": "",
+        "c.mhd": "",
+        "c.raw": "holds the voxels of the header beside it",
+        "d.raw": "is no NIfTI, NRRD, MetaImage or DICOM file by its name",
+        "e.zip": "is an archive, which is not opened; unpack it",
+        "f.pkl": "may run code when it is opened; save it as NIfTI",
+        "loop.nii": "",
+        "series/1.dcm": "lies in the series",
+        "series/README": "lies in the folder of a DICOM series",
+        "numbers/1.2.840": "lies in the series",
+    }
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" if "840" not in name else bytes(128) + b"DICM")
+    (tmp_path / "loop.nii").unlink()
+    (tmp_path / "loop.nii").symlink_to("loop.nii")
+    found = {item["name"]: item.get("left_out", "") for item in volumes_for_inference(tmp_path)}
+    expected = {name: reason for name, reason in files.items() if reason != "lies in the series"}
+    assert found == {**expected, "series": "", "numbers": ""}
+
+
+def test_volumes_that_would_have_one_mask_fail_and_the_others_do_not(folder, tmp_path):
+    (folder / "a.nii.gz").write_bytes(b"x")
+    (folder / f"{'n' * 248}.nii").write_bytes(b"x")
+    items = volumes_for_inference(folder, output_dir=tmp_path / "out")
+    refused = {item["name"]: item["refused"] for item in items if "refused" in item}
+    reason = "a.nii and a.nii.gz would have one mask, a_seg.nii.gz; rename one of them"
+    assert refused.pop("a.nii") == refused.pop("a.nii.gz") == reason
+    assert list(refused.values()) == ["the name of its mask is longer than 255 bytes; give it a shorter name"]
+
+
+def test_masks_below_the_volumes_are_no_volumes(folder):
+    (folder / "masks").mkdir()
+    (folder / "masks" / "a_seg.nii.gz").write_bytes(b"x")
+    assert "masks/a_seg.nii.gz" in names(volumes_for_inference(folder))
+    items = volumes_for_inference(folder, output_dir=folder / "masks", overwrite=True)
+    assert names(items) == ["a.nii", "b.nii.gz", "c.1.nii.gz", "mask.nrrd", "sub/d.nii.gz"]
+
+
+def test_going_on_keeps_what_is_there(folder, tmp_path):
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    for name in ("b_seg.nii.gz", "sub/d_seg.nii.gz", "inference.json"):
+        (tmp_path / "out" / name).write_bytes(b"work")
+    items = volumes_for_inference(folder, output_dir=tmp_path / "out", resume=True)
+    assert [item["name"] for item in items if "kept" in item] == ["b.nii.gz", "sub/d.nii.gz"]
+    with pytest.raises(ValueError, match="overwrite, resume: expected one of them at most"):
+        volumes_for_inference(folder, output_dir=tmp_path / "out", resume=True, overwrite=True)
 
 
 def test_datalist(folder, datalist, tmp_path):
@@ -56,23 +116,25 @@ def test_datalist(folder, datalist, tmp_path):
             "validation": ["./a.nii"],
             "empty_name": [{"image": "missing/x.nii"}],
             "absolute": [str(tmp_path / "elsewhere" / "z.nii")],
+            "same": ["sub/b.nii", "b.nii.gz", "a.nii"],
         }
     )
     expected = {"test": ["b.nii.gz", "d.nii.gz"], "validation": ["a.nii"], "empty_name": ["x.nii"]}
+    expected["same"] = ["sub/b.nii", "b.nii.gz", "a.nii"]  # same names in different folders keep these
     for section, found in expected.items():
         items = volumes_for_inference(path, section=section)
         assert names(items) == found
         assert all(item["image"].startswith(str(folder)) for item in items)
     items = volumes_for_inference(path, section="absolute")
-    assert items == [{"image": str(tmp_path / "elsewhere" / "z.nii")}]
+    assert items == [{"image": str(tmp_path / "elsewhere" / "z.nii"), "name": "z.nii", "mask": "z_seg.nii.gz"}]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", r"source: expected a folder .*nowhere, which does not exist"),
+        ("nowhere", r"source: expected a folder, .*nowhere, which does not exist"),
         ("in/notes.txt", r"source: expected .*notes\.txt, which is none of them"),
-        ("void", r"source: no \.nii or \.nii\.gz file in .*void; convert DICOM"),
+        ("void", r"source: no volume in .*void; it holds 0 other files"),
     ],
 )
 def test_no_volumes(folder, tmp_path, source, message):
@@ -97,7 +159,7 @@ def test_no_volumes(folder, tmp_path, source, message):
         ({"test": [{"image": [1]}]}, r"entry 0 of 'test' in datalist\.json: expected a path under 'image'.*got \[1\]"),
         ({"test": [{"image": "a.nii", "boxes": []}]}, r"entry 0 .*: expected a path under 'boxes'.*got \[\]"),
         (
-            {"test": [{"image": ["a.nii", "b.nrrd"]}]},
+            {"test": [{"image": ["a.nii", "b.png"]}]},
             r"source: entry 0 of datalist\.json: expected one .*got \[",
         ),
     ],
@@ -113,20 +175,13 @@ def test_unusable_datalists(datalist, tmp_path, content, message):
 def test_files_of_several_channels(folder, datalist, tmp_path):
     path = datalist({"test": [{"image": ["b.nii.gz", "a.nii"]}, {"image": ["c.1.nii.gz"]}]})
     items = volumes_for_inference(path, output_dir=tmp_path / "out")
-    assert items == [
-        {"image": [str(folder / "b.nii.gz"), str(folder / "a.nii")]},
-        {"image": str(folder / "c.1.nii.gz")},
+    assert [item["image"] for item in items] == [
+        [str(folder / "b.nii.gz"), str(folder / "a.nii")],
+        str(folder / "c.1.nii.gz"),
     ]
     (tmp_path / "out" / "b_seg.nii.gz").write_bytes(b"")  # the first file names the mask
     with pytest.raises(FileExistsError, match="b_seg"):
         volumes_for_inference(path, output_dir=tmp_path / "out")
-
-
-def test_masks_of_one_name_are_refused(folder, datalist, tmp_path):
-    path = datalist({"test": ["sub/b.nii", "b.nii.gz", "a.nii"]})
-    with pytest.raises(ValueError, match=r"several volumes are called \['b'\], their masks would overwrite each other"):
-        volumes_for_inference(path, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_makes_the_output_folder(folder, tmp_path):
@@ -141,13 +196,13 @@ def test_existing_masks_are_kept(folder, tmp_path):
     for name in [*present, "d_seg.nii.gz", "b_other.nii.gz"]:
         (masks / name).write_bytes(b"work")
     before = tree(tmp_path)
-    message = rf"output_dir: {len(present)} of 4 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
+    message = rf"output_dir: {len(present)} of 6 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
     with pytest.raises(FileExistsError, match=message):
         volumes_for_inference(folder, output_dir=masks)
     assert tree(tmp_path) == before
-    assert len(volumes_for_inference(folder, output_dir=masks, postfix="second")) == 3
+    assert len(names(volumes_for_inference(folder, output_dir=masks, postfix="second"))) == 5
     assert tree(tmp_path) == before
-    assert len(volumes_for_inference(folder, output_dir=masks, overwrite=True)) == 3
+    assert len(names(volumes_for_inference(folder, output_dir=masks, overwrite=True))) == 5
     assert tree(tmp_path) == before  # only the new mask replaces the old one
 
 
@@ -233,7 +288,7 @@ def test_two_trainings_into_one_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(FileExistsError, match="output_dir: another training is writing to"):
+        with pytest.raises(FileExistsError, match="output_dir: another run is writing to"):
             check_run_dir(tmp_path)
     finally:
         other.kill()

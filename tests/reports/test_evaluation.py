@@ -1,6 +1,7 @@
 """Scores of saved masks: Dice and HD95 against slow references, volumes, geometry, settings, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -177,25 +178,52 @@ def move_affine(study, voxels):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda s: move_affine(s, 0.01), r"case_000_seg.*labels/case_000.*different affines"),
+        (lambda s: move_affine(s, 0.02), r"case_000_seg.* and case_000.*different affines"),
         (lambda s: replace(prediction_of(s), np.zeros((24, 20, 9), np.uint8)), r"shape \(24, 20, 9\).*\(24, 20, 8\)"),
         (lambda s: replace(prediction_of(s), np.zeros((24, 20, 8, 3), np.uint8)), "expected one label map"),
         (lambda s: replace(prediction_of(s), np.full((24, 20, 8), 0.4)), "no integers"),
         (lambda s: replace(prediction_of(s), np.full((24, 20, 8), np.nan)), "no integers"),
-        (lambda s: prediction_of(s).write_bytes(b"no volume"), "prediction of case_000: .* is not a NIfTI volume"),
-        (
-            lambda s: (s / "out" / "case_000_seg.nii.gz").write_bytes(prediction_of(s).read_bytes()),
-            "2 files .*fit case_000",
-        ),
+        (lambda s: prediction_of(s).write_bytes(b"no volume"), "prediction of case_000: .* is not a NIfTI file"),
     ],
 )
-def test_unusable_predictions(study, damage, words):
-    move_affine(study, 5e-4)  # within the tolerance
-    run(study)
-    move_affine(study, -5e-4)
+def test_an_unusable_prediction_does_not_stop_the_others(study, damage, words):
+    move_affine(study, 5e-3)  # within the tolerance
+    scored = run(study)
+    move_affine(study, -5e-3)
     damage(study)
-    with pytest.raises(ValueError, match=words):
+    found = run(study)
+    assert re.search(words, found["cases"][0]["reason"]) and str(study) not in found["cases"][0]["reason"]
+    assert found["cases"][1:] == scored["cases"][1:] and found["missing"][0] == "case_000"
+    for path in (study / "out").rglob("*_seg.nii.gz"):
+        path.write_bytes(prediction_of(study).read_bytes())
+    if "voxels" in words or "integers" in words:
+        with pytest.raises(ValueError, match=words):
+            run(study)
+
+
+def test_two_predictions_of_one_volume(study):
+    (study / "out" / "case_000_seg.nii.gz").write_bytes(prediction_of(study).read_bytes())
+    with pytest.raises(ValueError, match=r"2 files .*fit case_000"):
         run(study)
+
+
+def test_hd95_of_a_sheared_grid_is_that_of_the_points(rng):
+    from scipy.spatial.distance import cdist
+
+    affine = np.array([[1.0, 0.4, 0.0, 0], [0.0, 1.2, 0.3, 0], [0.0, 0.0, 2.0, 0], [0, 0, 0, 1]])
+    masks = [np.zeros((12, 12, 8), bool) for _ in range(2)]
+    masks[0][3:8, 3:8, 2:5] = True
+    masks[1][4:10, 2:7, 3:6] = rng.random((6, 5, 3)) > 0.2
+    surfaces = []
+    for mask in masks:
+        padded = np.pad(mask, 1)
+        inner = np.all([np.roll(padded, step, axis) for axis in range(3) for step in (-1, 1)], 0)[1:-1, 1:-1, 1:-1]
+        surfaces.append(np.argwhere(mask & ~inner) @ affine[:3, :3].T)
+    apart = cdist(*surfaces)
+    expected = max(np.percentile(apart.min(1), 95), np.percentile(apart.min(0), 95))
+    assert hd95_mm(*masks, affine=affine) == pytest.approx(expected)
+    straight = np.diag([1.0, 1.2, 2.0, 1.0])
+    assert hd95_mm(*masks, affine=straight) == pytest.approx(hd95_mm(*masks, [1.0, 1.2, 2.0]), rel=1e-5)
 
 
 def test_unusable_input(study, tmp_path, caplog):

@@ -1,5 +1,7 @@
 """Saved masks: the grid of their file whatever its header says, and no half-written file."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from medconstraints.synthetic import make_phantom
-from medconstraints.transforms import SaveMaskd, mask_transforms, reading_transforms, save_mask
+from medconstraints.transforms import SaveMaskd, mask_transforms, reading_transforms
+from medconstraints.volumes import save_mask
 
 SHAPE = (6, 7, 5)
 GEOMETRY = ("qform_code", "sform_code", "xyzt_units", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x")
@@ -99,7 +102,7 @@ def test_big_endian(tmp_path):
         (np.zeros((7, 6, 5)), "in.nii.gz", r"mask: expected the shape \(6, 7, 5\) of in\.nii\.gz, got \(7, 6, 5\)"),
         (np.full(SHAPE, 300), "in.nii.gz", r"mask: expected class numbers 0 to 255, got 300 to 300"),
         (np.full(SHAPE, 0.5), "in.nii.gz", r"mask: expected class numbers"),
-        (np.zeros(SHAPE), "in.mha", r"image: expected a \.nii or \.nii\.gz file, .* got in\.mha"),
+        (np.zeros(SHAPE), "in.mha", r"path: expected the ending \.mha for a mask of in\.mha, got mask\.nii"),
         (np.zeros(SHAPE), "series.nii", r"mask: expected the shape \(6, 7, 5, 2\) of series\.nii, got \(6, 7, 5\)"),
     ],
 )
@@ -120,7 +123,7 @@ def test_a_write_that_fails_leaves_the_former_mask(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(nib, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"the disk is full, mask\.nii\.gz was not written"):
         save_mask(mask_of(), tmp_path / "in.nii.gz", tmp_path / "mask.nii.gz")
     monkeypatch.undo()
     assert (tmp_path / "mask.nii.gz").read_bytes() == b"former"
@@ -133,12 +136,19 @@ def test_a_write_that_fails_leaves_the_former_mask(tmp_path, monkeypatch):
 
 
 def test_transform_names_the_file(tmp_path):
-    path = write(tmp_path / "a.b.nii")
-    item = {"pred": MetaTensor(torch.as_tensor(mask_of())[None].float(), meta={"filename_or_obj": str(path)}), "x": 1}
-    out = SaveMaskd("pred", output_dir=tmp_path / "made" / "masks", postfix="organ")(item)
+    meta = {"filename_or_obj": str(write(tmp_path / "a.b.nii")), "original_affine": oblique(), "geometry_notes": "odd"}
+    item = {"pred": MetaTensor(torch.as_tensor(mask_of())[None].float(), meta=meta), "x": 1}
+    out = SaveMaskd("pred", output_dir=tmp_path / "made" / "masks", postfix="organ", classes={1: "cyst", 5: "vein"})(
+        item
+    )
     assert out == item
     saved = nib.load(tmp_path / "made" / "masks" / "a.b_organ.nii.gz")
     assert np.array_equal(np.asarray(saved.dataobj), mask_of())
+    facts = json.loads((tmp_path / "made" / "masks" / "a.b_organ.json").read_text())
+    assert facts["notes"] == "odd" and facts["classes"]["vein"] == {"value": 5, "voxels": 0, "ml": 0.0}
+    assert facts["classes"]["cyst"]["ml"] == pytest.approx((mask_of() == 1).sum() * 9 / 1000)
+    SaveMaskd("pred", output_dir=tmp_path, postfix="")({**item, "mask": "sub/x.nii.gz"})
+    assert (tmp_path / "sub" / "x.nii.gz").is_file() and (tmp_path / "sub" / "x.json").is_file()
 
 
 @pytest.mark.parametrize(
