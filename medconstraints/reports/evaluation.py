@@ -135,8 +135,8 @@ def evaluate_predictions(
 
     Returns:
         A dict that JSON can hold. `cases`: for each volume `name`, `image`, and for each structure `dice`, `hd95_mm`,
-        `volume_ml_prediction`, `volume_ml_reference`; one without a prediction on its grid has a `reason`. `summary`: for
-        each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
+        `volume_ml_prediction`, `volume_ml_reference`; one without a prediction on its grid has a `reason`. `summary`:
+        for each structure `dice_mean`, `dice_sd`, `hd95_mm_mean`, `hd95_mm_sd`, `hd95_undefined`, `n`, over the volumes
         scored; sd is the sample standard deviation (ddof = 1), None below two values. `missing`: names of the volumes
         not scored. `structures`: as given. `settings`: what the run that wrote the masks left beside them in
         `settings.json`, or None. `provenance`: the command, date (UTC), seconds, versions. Neither has absolute paths.

@@ -55,7 +55,9 @@ def read_image(path: str | Path) -> Volume:
     volume = _load(Path(path), "image")
     data = volume.data[..., 0] if volume.data.ndim == 4 else volume.data
     if data.ndim not in (2, 3):
-        raise ValueError(f"image: {path} has shape {data.shape}; expected 2 or 3 spatial axes and at most one more.")
+        raise ValueError(
+            f"image: {volume.path.name} has shape {data.shape}; expected 2 or 3 spatial axes and at most one more."
+        )
     return Volume(volume.path, np.nan_to_num(data.astype(np.float32)), volume.affine)
 
 
@@ -67,12 +69,12 @@ def read_labels(path: str | Path, what: str = "labels") -> Volume:
         ValueError: when it is no volume, has more axes (one-hot), or holds values that are no integers.
     """
     volume = _load(Path(path), what)
-    data = volume.data
+    data, name = volume.data, volume.path.name
     if data.ndim not in (2, 3):
-        raise ValueError(f"{what}: expected one label map of 2 or 3 axes, not one-hot, got {data.shape} in {path}.")
+        raise ValueError(f"{what}: expected one label map of 2 or 3 axes, not one-hot, got {data.shape} in {name}.")
     # Written so that a NaN fails too.
     if data.dtype.kind not in "fiub" or not (np.abs(data - np.rint(data)) <= _INTEGER_TOLERANCE).all():
-        raise ValueError(f"{what}: {path} holds values that are no integers; threshold or argmax before saving.")
+        raise ValueError(f"{what}: {name} holds values that are no integers; threshold or argmax before saving.")
     return Volume(volume.path, np.rint(data).astype(np.int32), volume.affine)
 
 
