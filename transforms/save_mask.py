@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,5 +72,9 @@ class SaveMaskd(MapTransform):
                 content["confidence"] = data["confidence"]
             save_mask(values, file, path, affine=affine)
             text = json.dumps(content, indent=1) + "\n"
-            write_whole(facts_path(path), lambda name, text=text: name.write_text(text))
+            write_whole(facts_path(path), partial(_write, text))
         return dict(data)
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -127,8 +127,8 @@ class TolerantEvaluator(SupervisedEvaluator):
     ) -> None:
         if (dataset is None) == (val_data_loader is None):
             raise ValueError("dataset, val_data_loader: expected exactly one of them; a data set gets its own loader.")
-        if val_data_loader is None:
-            share = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))  # type: ignore[arg-type]
+        if dataset is not None:
+            share: Any = Subset(dataset, range(idist.get_rank(), len(dataset), idist.get_world_size()))
             val_data_loader = DataLoader(share, collate_fn=collate_or_failure)
         device = torch.device(device)
         self.output_dir = None if output_dir is None else Path(output_dir)

@@ -151,7 +151,9 @@ def _check_stack(folder: str, slices: Sequence[_Slice]) -> None:
     along = places @ _normal(middle)
     gaps = np.diff(along)
     usual = float(np.median(gaps))
-    twice = [f"{slices[k].name} and {slices[k + 1].name}" for k in np.flatnonzero(gaps <= max(1e-3, UNEVEN * usual))]
+    twice = [
+        f"{slices[k].name} and {slices[k + 1].name}" for k in np.flatnonzero(gaps <= max(1e-3, UNEVEN * usual)).tolist()
+    ]
     if twice:
         raise VolumeError(
             f"{folder}: {len(twice)} slices are at the place of another one: {_some(twice)}; remove the copies, or "
@@ -201,7 +203,7 @@ class DicomReader(ItkFileReader):
 
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether these are folders, or DICOM files by their ending."""
-        names = filename if isinstance(filename, list | tuple) else [filename]
+        names: Sequence[Any] = filename if isinstance(filename, list | tuple) else [filename]
         return all(Path(name).is_dir() or Path(name).suffix.lower() in DICOM_ENDINGS for name in names)
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int]:
