@@ -24,6 +24,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from medconstraints import checks
+from medconstraints.boxes.files import MAX_LOOSENESS
 from medconstraints.statistics import soft_size
 from medconstraints.transforms.bounds import LEVELS, LabelToBoundsd
 from medconstraints.transforms.boxes import LabelToBoxesd
@@ -150,14 +151,15 @@ def box_transforms(
     jitter_voxels: int = 0,
     classes: dict[str, int] | None = None,
     num_classes: int | None = None,
+    max_looseness: float = MAX_LOOSENESS,
 ) -> Chain:
     """Where boxes come from: "label", drawn around the label by `LabelToBoxesd`, or "files", the item's box file.
 
-    `slice_axis`, `mode`, `margin_voxels` and `jitter_voxels` are those of `LabelToBoxesd`; `classes` and `num_classes`
-    those of `LoadBoxesd`.
+    `slice_axis`, `mode`, `margin_voxels` and `jitter_voxels` are those of `LabelToBoxesd`; `classes`, `num_classes` and
+    `max_looseness` those of `LoadBoxesd`.
     """
     if checks.choice("source", source, ("label", "files")) == "files":
-        return [LoadBoxesd("boxes", classes=classes, num_classes=num_classes)]
+        return [LoadBoxesd("boxes", classes=classes, num_classes=num_classes, max_looseness=max_looseness)]
     return [
         LabelToBoxesd(
             "label", slice_axis=slice_axis, mode=mode, margin_voxels=margin_voxels, jitter_voxels=jitter_voxels

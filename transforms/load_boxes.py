@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -14,7 +15,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from medconstraints.boxes.files import read_boxes
+from medconstraints import checks
+from medconstraints.boxes.files import MAX_LOOSENESS, read_boxes
 
 __all__ = ["LoadBoxesd"]
 
@@ -37,6 +39,7 @@ class LoadBoxesd(MapTransform):
         image_key: key of the image.
         classes: class name -> number, see `read_boxes`.
         num_classes: classes of the network with the background; files with boxes of other classes are refused.
+        max_looseness: of turned millimetre boxes, see `read_boxes`.
         allow_missing_keys: leave items without a box file as they are.
 
     Raises:
@@ -61,9 +64,11 @@ class LoadBoxesd(MapTransform):
         *,
         classes: Mapping[str, int] | None = None,
         num_classes: int | None = None,
+        max_looseness: float = MAX_LOOSENESS,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.max_looseness = max_looseness
         self.image_key = image_key
         self.classes = dict(classes) if classes else None
         self.num_classes = num_classes
@@ -71,12 +76,11 @@ class LoadBoxesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Read the boxes into a copy of `data`."""
         item = dict(data)
+        if not self.allow_missing_keys and (missing := [key for key in self.keys if key not in item]):
+            name = checks.label_name(item.get(self.image_key), self.image_key)
+            raise KeyError(f"{missing[0]}: the item of {name} has none; add its box file to the datalist.")
         for key in self.key_iterator(item):
-            path, image = item[key], item[self.image_key]
-            if not isinstance(path, str | PathLike):
-                raise TypeError(
-                    f"{key}: expected the path of a box file, got {type(path).__name__}; load boxes once only."
-                )
+            paths, image = _files(item[key], key), item[self.image_key]
             if not isinstance(image, MetaTensor):
                 raise TypeError(
                     f"{self.image_key}: expected a loaded image (MetaTensor), got {type(image).__name__}; put "
@@ -84,18 +88,43 @@ class LoadBoxesd(MapTransform):
                 )
             stored_affine, stored_shape = _stored_grid(image, self.image_key)
             name = image.meta.get("filename_or_obj")
-            item[key] = read_boxes(
-                path,
-                affine=image.affine,
-                shape=image.shape[1:],
-                classes=self.classes,
-                num_classes=self.num_classes,
-                image=os.path.abspath(name) if name else None,  # rows may name folders above the current one
-                stored_affine=stored_affine,
-                stored_shape=stored_shape,
-            )
+            how = {
+                "affine": image.affine,
+                "shape": image.shape[1:],
+                "classes": self.classes,
+                "num_classes": self.num_classes,
+                "image": os.path.abspath(name) if name else None,  # rows may name folders above the current one
+                "stored_affine": stored_affine,
+                "stored_shape": stored_shape,
+                "max_looseness": self.max_looseness,
+                "doubt": _doubt(image),
+            }
+            item[key] = torch.cat([read_boxes(path, **how) for path in paths])
             item[f"{key}_affine"] = torch.as_tensor(image.affine, dtype=torch.float64).cpu().clone()
         return item
+
+
+def _files(value: Any, key: Hashable) -> list[Path]:
+    """Paths of box files: of one, of several, or of a folder that has any."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(isinstance(path, str | PathLike) for path in given):
+        raise TypeError(
+            f"{key}: expected the path of a box file or folder, or a list of such, got {type(value).__name__}; load "
+            "boxes once only."
+        )
+    files = []
+    for path in map(Path, given):
+        found = sorted(file for file in path.iterdir() if file.suffix in (".json", ".csv")) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"{key}: no .json or .csv file in the folder {path.name}.")
+        files += found
+    return files
+
+
+def _doubt(image: MetaTensor) -> str:
+    if not image.meta.get("forms_differ"):
+        return ""
+    return f"{image.meta['geometry_notes']}; set form to sform or qform"
 
 
 def _stored_grid(image: MetaTensor, image_key: str) -> tuple[np.ndarray, tuple[int, ...]]:

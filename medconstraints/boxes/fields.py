@@ -10,9 +10,21 @@ import jsonschema
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CLASSES", "Refusal", "class_number", "coordinate_system", "fit_schema", "vector"]
+__all__ = [
+    "CLASSES",
+    "Refusal",
+    "class_number",
+    "coordinate_system",
+    "fit_schema",
+    "named_class",
+    "system_key",
+    "vector",
+]
 
-SYSTEMS = {"voxel": "voxel", "ras": "RAS", "lps": "LPS"}
+# Slicer's old point lists number the two: 0 is RAS, 1 is LPS. Long names are those of NRRD.
+SYSTEMS = {"voxel": "voxel", "ijk": "voxel", "ras": "RAS", "0": "RAS", "lps": "LPS", "1": "LPS"}
+SYSTEMS |= {"right-anterior-superior": "RAS", "left-posterior-superior": "LPS"}
+SYSTEM_KEYS = ("coordinatesystem", "space")  # without case, spaces and underscores
 CLASSES = {
     "description": "map names to class numbers from 1 on",
     "type": "object",
@@ -35,20 +47,35 @@ def fit_schema(content: Any, schema: Mapping[str, Any]) -> None:
         raise Refusal(f"{where and f'{where[1:]}: '}{error.message}{f'; {hint}' if hint else ''}")
 
 
+def named_class(text: str, names: Mapping[str, int]) -> int | None:
+    """Number of a class whose name a text is, but for case, or for a number that a program put behind it.
+
+    Example:
+        >>> named_class("hippocampus-1", {"Hippocampus": 2}), named_class("liver", {"Hippocampus": 2})
+        (2, None)
+    """
+    plain = {name.strip().casefold(): number for name, number in names.items()}
+    bare = text.strip().casefold()
+    found = plain.get(bare)
+    return plain.get(re.sub(r"([-_ ]\d+)+$", "", bare)) if found is None else found
+
+
 def class_number(value: Any, names: Mapping[str, int]) -> int:
-    """Class number of a name or a number; where any names are known, only their numbers."""
+    """Class number of a name or a number; where any names are known, only their numbers. A name may be "1"."""
+    if not isinstance(value, bool) and str(value).strip() in names:
+        return names[str(value).strip()]
     known = f"known: {', '.join(f'{name} = {number}' for name, number in names.items()) or 'none'}"
     if isinstance(value, str):
         value = value.strip()
-        if value in names:
-            return names[value]
+        if (found := named_class(value, names)) is not None:
+            return found
         if not re.fullmatch(r"[+-]?\d{1,9}", value):
             if not value:
                 raise Refusal(f"has no class ({known}); give it one of these, or a class number")
             raise Refusal(f"unknown class {value!r} ({known}); {_how_to_add(value, None, names)}")
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value >= 10**9:
-        raise Refusal(f"class must be a name or a whole number, got {value!r}")
+        raise Refusal(f"class must be a name or a whole number, got {_short(value)}")
     if value < 1:
         raise Refusal(f"class {int(value)} is no class to box: numbers start at 1, 0 is the background")
     if names and value not in names.values():
@@ -63,6 +90,11 @@ def _how_to_add(name: str, number: int | None, names: Mapping[str, int]) -> str:
     return f"use {'one of these' if names else 'a class number'} or add it to classes= (bundle: {option})"
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
+
+
 def coordinate_system(value: Any) -> str:
     """Name of the system: "voxel", "RAS" or "LPS", whichever way the file capitalises it."""
     system = SYSTEMS.get(str(value).strip().lower())
@@ -71,15 +103,33 @@ def coordinate_system(value: Any) -> str:
     return system
 
 
+def system_key(text: str) -> bool:
+    """Whether a word is the name of the setting that tells a coordinate system.
+
+    Raises:
+        Refusal: it looks like one, and is not known.
+
+    Example:
+        >>> system_key("coordinate_system"), system_key("CoordinateSystem"), system_key("class")
+        (True, True, False)
+    """
+    plain = re.sub(r"[\s_-]", "", text.lower())
+    if plain in SYSTEM_KEYS:
+        return True
+    if ("coord" in plain and "unit" not in plain) or plain in ("system", "frame", "referenceframe", "orientation"):
+        raise Refusal(f"{text.strip()!r} looks like a coordinate system; call it coordinate_system: voxel, RAS or LPS")
+    return False
+
+
 def vector(values: Sequence[Any], name: str) -> npt.NDArray[np.float64]:
     """Finite numbers; texts of numbers too, as CSV has them."""
     out = []
     for i, value in enumerate(values, start=1):
         try:
-            number = float(value)
+            number = float("_" if "_" in str(value) else value)  # Python reads 1_0 as 10
         except (ValueError, OverflowError):
-            raise Refusal(f"{name}_{i} is {value!r}, which is no number; correct it") from None
+            raise Refusal(f"{name}_{i} is {_short(value)}, which is no number; correct it") from None
         if not abs(number) < LARGEST:  # also NaN
-            raise Refusal(f"{name}_{i} is {value!r}; every coordinate must be a finite number, below {LARGEST:g}")
+            raise Refusal(f"{name}_{i} is {_short(value)}; every coordinate must be a finite number, below {LARGEST:g}")
         out.append(number)
     return np.array(out)

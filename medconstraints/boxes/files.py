@@ -11,12 +11,14 @@ Axis numbers in this module, its files and its messages count from 1, in the ord
 **CSV**, columns ``class,start_1,start_2,start_3,stop_1,stop_2,stop_3`` or ``class,x_min,y_min,z_min,x_max,y_max,z_max``
 (the same numbers under other names: ``x_max`` is ``stop_1``, so in voxels it is the first index *after* the box); two
 coordinates each for a 2D image. The coordinate system stands in a column ``coordinate_system`` or in a leading line
-``# coordinate_system: RAS``; without either it is ``voxel``. A column ``image`` lets one file hold many volumes: it has
+``# coordinate_system: RAS`` (also ``# CoordinateSystem = RAS`` and ``space``); without either it is ``voxel``. Commas,
+semicolons and tabs separate columns. A column ``image`` lets one file hold many volumes: it has
 the file name, extension or not, behind as many folders as tell the volumes apart (``p1/image.nii.gz``); all folders
 that a row gives must be those of the volume. A row that has nothing but its image name says that this volume was looked
 at and has no box.
 
-**3D Slicer** markups ROI (``.mrk.json``, schema 1.0.x): type ``ROI``, roiType ``Box``, LPS unless the file says RAS.
+**3D Slicer** markups ROI (``.mrk.json``, schema 1.0.x): type ``ROI``, roiType ``Box`` or ``BoundingBox``, LPS unless
+the file says RAS. A class is known by its name, whatever the case and with a number behind it ("hippocampus-1").
 Apply ("harden") a transform above the ROI before saving, Slicer does not write it into this file.
 
 Coordinate systems: ``voxel`` are half-open integer indices. ``RAS`` and ``LPS`` are millimetres; ``start`` and ``stop``
@@ -25,12 +27,13 @@ nearest voxel edge, and a box thinner than a voxel keeps the voxel at its centre
 thickness in a direction, drawn flat on a slice, is one voxel thick there (one that is a single point is refused); in
 voxels, equal ``start`` and ``stop`` hold no voxel and are refused. A millimetre box, or a rotated ROI, whose sides do
 not run along the voxel axes becomes the bounding box of its corners in the voxel grid: it still holds the whole object
-but is looser than the one that was drawn.
+but is looser than the one that was drawn, and refused beyond a limit.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -39,15 +42,19 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
+from medconstraints import checks
 from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema
 from medconstraints.boxes.geometry import AffineLike, Grid, checked_grid
 from medconstraints.boxes.records import FORMATS, Record, read_records
 from medconstraints.boxes.rows import box_row
-from medconstraints.boxes.slicer import slicer_document
+from medconstraints.boxes.slicer import is_placed, slicer_document
 
 __all__ = ["BoxFault", "BoxFileError", "read_boxes", "write_boxes"]
 
+logger = logging.getLogger(__name__)
+
 SHOWN_FAULTS = 10
+MAX_LOOSENESS = 1.5
 
 
 class BoxFault(NamedTuple):
@@ -97,6 +104,8 @@ def read_boxes(
     image: str | None = None,
     stored_affine: AffineLike | None = None,
     stored_shape: Sequence[int] | None = None,
+    max_looseness: float = MAX_LOOSENESS,
+    doubt: str = "",
 ) -> torch.Tensor:
     r"""Read a box file into rows ``[class, start_1..start_D, stop_1..stop_D]`` of one voxel grid.
 
@@ -113,6 +122,8 @@ def read_boxes(
             ``image``. Files without that column belong to one volume and ignore it.
         stored_affine: affine of the grid to which ``voxel`` coordinates refer, where it is another.
         stored_shape: spatial shape of that grid.
+        max_looseness: how many times as large as a turned millimetre box its bounding box in the grid may be.
+        doubt: why it is not known where the image's millimetres are; refuses millimetre boxes. Empty: it is known.
 
     Returns:
         int64 tensor (N, 1 + 2 D), inside the volume, no padding rows; N = 0 for a file without boxes.
@@ -138,9 +149,13 @@ def read_boxes(
         raise FileNotFoundError(f"no box file at {path}")
     names = _checked_names(classes)
     rows, faults = [], []
+    how = {"max_looseness": checks.number("max_looseness", max_looseness, least=1.0), "doubt": doubt}
     for record in _named_records(path, format, target.ndim, image, names):
+        if record.slicer and not is_placed(record.fields):
+            logger.warning("%s, %s: is not placed in the volume (positionStatus), and no box", path.name, record.where)
+            continue
         try:
-            rows.append(box_row(record, names, target, stored, path.name, num_classes))
+            rows.append(box_row(record, names, target, stored, path.name, num_classes, **how))
         except Refusal as fault:
             faults.append(BoxFault(record.row, record.where, str(fault)))
     if faults:

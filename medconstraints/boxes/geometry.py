@@ -23,6 +23,7 @@ __all__ = [
     "checked_grid",
     "fit_to_grid",
     "hint_at_system",
+    "looseness",
     "overhang",
     "overhang_of",
     "voxel_solid",
@@ -109,6 +110,18 @@ def fit_to_grid(solid: Solid, grid: Grid) -> list[int]:
     start = np.clip(start, 0, sizes - 1)
     stop = np.clip(stop, start + 1, sizes)
     return [int(side) for side in (*start, *stop)]
+
+
+def looseness(solid: Solid, grid: Grid) -> float:
+    """Volume of a solid's bounding box in the voxel grid, as a multiple of the solid's own.
+
+    Example:
+        >>> turned = np.array([[0.6, -0.8], [0.8, 0.6]]) * 10
+        >>> round(looseness(Solid(np.array([8.0, 8.0]), turned), Grid(np.eye(3), (16, 16))), 2)
+        1.96
+    """
+    _, _, edges = _edge_range(solid, grid)
+    return float(np.abs(edges).sum(axis=1).prod() / abs(np.linalg.det(edges)))
 
 
 def overhang(low: float, high: float, size: int, axis: int) -> str:

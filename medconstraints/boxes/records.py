@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema
+from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema, system_key
 from medconstraints.boxes.slicer import SLICER_SCHEMA
 
-__all__ = ["FORMATS", "Record", "read_records"]
+__all__ = ["FORMATS", "Record", "read_records", "read_text"]
 
 FORMATS = ("json", "csv", "slicer")
 EXTENSIONS = {".csv": "csv", ".mrk.json": "slicer", ".json": "json"}  # the first that fits
@@ -43,22 +44,21 @@ def read_records(path: Path, format: str | None, ndim: int, image: str | None) -
     kind = format or next((kind for end, kind in EXTENSIONS.items() if name.endswith(end)), None)
     if kind is None:
         raise Refusal("unknown kind of box file; use .json, .csv or .mrk.json, or say format=")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refusal(f"is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    text = read_text(path)
     if kind == "csv":
         return _csv_records(text, ndim, image), {}
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise Refusal(f"is not valid JSON ({error}); correct it or export it again") from None
     if kind == "slicer" or (format is None and isinstance(document, dict) and "markups" in document):
         fit_schema(document, SLICER_SCHEMA)
         entries, key, shared = document["markups"], "markups", {}
     else:
+        document = _with_system(document) if isinstance(document, dict) else document
         fit_schema(document, SCHEMA)
         entries, key, shared = document["boxes"], "boxes", {"coordinate_system": document["coordinate_system"]}
+        entries = [_with_system(entry) if isinstance(entry, dict) else entry for entry in entries]
     records = [
         Record(i, f"{key}[{i}]", {**shared, **entry}, slicer=key == "markups")
         if isinstance(entry, dict)
@@ -68,21 +68,55 @@ def read_records(path: Path, format: str | None, ndim: int, image: str | None) -
     return records, document.get("classes", {})
 
 
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8 or, with a byte order mark, in UTF-16, as spreadsheets write it."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Refusal(f"is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _with_system(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with one name for the coordinate system."""
+    return {"coordinate_system" if system_key(str(key)) else key: value for key, value in fields.items()}
+
+
+def _comments(lines: Sequence[str]) -> tuple[int, str, str]:
+    """How many lines come before the table, the coordinate system that they tell, and the separator."""
+    system, delimiter, count = "voxel", "", 0
+    for line in lines:
+        bare = line.strip()
+        if (told := re.fullmatch(r"\s*sep=(.)\s*", line, re.I)) is not None:
+            delimiter = told[1]
+        elif bare.startswith("#") or not bare.strip(",;"):
+            # A spreadsheet pads a comment line with separators.
+            key, mark, value = re.fullmatch(r"#*([^:=]*)([:=]?)(.*)", bare.rstrip(",;\t")).groups()  # type: ignore[union-attr]
+            if mark and system_key(key):
+                system = value.strip()
+        else:
+            if not delimiter:
+                delimiter = max(",;\t", key=line.count)
+            break
+        count += 1
+    return count, system, delimiter or ","
+
+
 def _csv_records(text: str, ndim: int, image: str | None) -> list[Record]:
     lines = text.splitlines()
-    system, comments = "voxel", 0
-    while comments < len(lines) and (not lines[comments].strip() or lines[comments].lstrip().startswith("#")):
-        key, _, value = lines[comments].strip().lstrip("#").partition(":")
-        if key.strip().lower() == "coordinate_system":
-            system = value.strip().rstrip(",")  # a spreadsheet pads a comment line with commas
-        comments += 1
-    reader = csv.reader(lines[comments:], skipinitialspace=True)
+    comments, system, delimiter = _comments(lines)
+    reader = csv.reader(lines[comments:], delimiter=delimiter, skipinitialspace=True)
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
+        header = ["coordinate_system" if system_key(cell) else cell for cell in header]
         table = [(comments + reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         raise Refusal(f"is not readable as CSV ({error}); save it as comma-separated text") from None
 
+    twice = sorted({cell for cell in header if cell and header.count(cell) > 1})
+    if twice:
+        raise Refusal(f"has the column {twice[0]!r} {header.count(twice[0])} times; keep one")
     start, stop = _csv_columns(header, ndim)
     records, images = [], set()
     wanted = None if image is None else _path_parts(image)
@@ -123,8 +157,7 @@ def _csv_columns(header: Sequence[str], ndim: int) -> tuple[list[str], list[str]
             return start, stop
     wanted = " or ".join(",".join(["class", *start, *stop]) for start, stop, _ in forms)
     found = ",".join(header)
-    hint = "separate columns with commas" if ";" in found or "\t" in found else "add the missing columns"
-    raise Refusal(f"needs the columns {wanted} for a {ndim}D image; found {found or 'none'}; {hint}")
+    raise Refusal(f"needs the columns {wanted} for a {ndim}D image; found {found or 'none'}; add the missing columns")
 
 
 def _check_images(images: set[str], image: str | None) -> None:

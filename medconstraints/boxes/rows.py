@@ -15,6 +15,7 @@ from medconstraints.boxes.geometry import (
     Solid,
     fit_to_grid,
     hint_at_system,
+    looseness,
     overhang,
     overhang_of,
     voxel_solid,
@@ -33,6 +34,9 @@ def box_row(
     stored: Grid,
     file_name: str,
     num_classes: int | None = None,
+    *,
+    max_looseness: float,
+    doubt: str,
 ) -> list[int]:
     """Row of ``target`` for a record whose voxel coordinates refer to ``stored``; Refusal says why there is none."""
     if record.fault:
@@ -56,6 +60,14 @@ def box_row(
         else:
             solid = _millimetre_solid(start, stop, system)
     if system != "voxel":
+        if doubt:
+            raise Refusal(f"is in millimetres, but of its image it is not known where they are: {doubt}")
+        loose = looseness(solid, stored)
+        if loose > max_looseness:
+            raise Refusal(
+                f"is turned against the voxels: the box along their axes is {loose:.2f} times as large, and tells "
+                f"little of where the object ends; draw it along the axes, or allow it with max_looseness={loose:.2f}"
+            )
         problem = overhang_of(solid, stored, np.full(ndim, SLACK_VOXELS))
         if problem:
             raise Refusal(problem + hint_at_system(solid, stored, system))

@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from medconstraints.boxes.fields import CLASSES, Refusal, class_number, coordinate_system, fit_schema, vector
+from medconstraints.boxes.fields import (
+    CLASSES,
+    Refusal,
+    class_number,
+    coordinate_system,
+    fit_schema,
+    named_class,
+    vector,
+)
 from medconstraints.boxes.geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
 
-__all__ = ["SLICER_SCHEMA", "roi_class", "roi_solid", "slicer_document"]
+__all__ = ["SLICER_SCHEMA", "is_placed", "roi_class", "roi_solid", "slicer_document"]
 
 SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/"
@@ -36,7 +44,7 @@ ROI_SCHEMA = {
     "required": ["type", "center", "size"],
     "properties": {
         "type": {"const": "ROI", "description": "keep only ROI boxes in the file"},
-        "roiType": {"const": "Box", "description": "draw it as a box ROI in Slicer"},
+        "roiType": {"enum": ["Box", "BoundingBox"], "description": "draw it as a box ROI in Slicer"},
         "insideOut": {"enum": [False], "description": "it would exclude the object: switch 'inside out' off in Slicer"},
         "coordinateUnits": {
             "anyOf": [{"const": "mm"}, {"type": "array", "prefixItems": [{"const": "mm"}]}],
@@ -47,8 +55,8 @@ ROI_SCHEMA = {
         "orientation": _NUMBERS | {"minItems": 9, "maxItems": 9},
     },
 }
-# Names that Slicer gives by itself ("R", "R_1", "ROI", then "-1" for the point): they say nothing about the class.
-DEFAULT_NAME = re.compile(r"(R|ROI)?(_\d+)?(-\d+)?")
+# Names that Slicer and its modules give by themselves, then "_1" or "-1": they say nothing about the class.
+DEFAULT_NAME = re.compile(r"(R|ROI|MarkupsROI|Crop Volume ROI|Volume rendering ROI|.* cropping ROI)?([ _-]\d+)*", re.I)
 
 
 def roi_solid(fields: Mapping[str, Any], ndim: int) -> tuple[str, Solid]:
@@ -84,16 +92,26 @@ def roi_class(fields: Mapping[str, Any], names: Mapping[str, int], file_name: st
         return class_number(label, names)
     point = _control_point(fields)
     point_label = str(point.get("label") or "")
-    texts = [str(fields.get("name") or ""), point_label, re.sub(r"-\d+$", "", point_label)]
-    texts = [text for text in [*texts, str(point.get("description") or "")] if text.strip()]
+    texts = [str(fields.get("name") or ""), point_label, str(point.get("description") or "")]
+    texts = [text.strip() for text in texts if text.strip()]
     for text in texts:
-        if text.strip() in names or text.strip().isdecimal():
+        if text.isdecimal() or named_class(text, names) is not None:
             return class_number(text, names)
     stem = re.sub(r"(\.mrk)?\.json$", "", file_name, flags=re.I)
     named = [text for text in texts if not DEFAULT_NAME.fullmatch(text)]
-    if not named and stem in names:
-        return names[stem]
-    return class_number((named or texts or [""])[0], names)
+    if not named and (found := named_class(stem, names)) is not None:
+        return found
+    # Of a name with a number behind it the hint had better tell the name.
+    return class_number(re.sub(r"([-_ ]\d+)+$", "", (named or texts or [""])[0]), names)
+
+
+def is_placed(fields: Mapping[str, Any]) -> bool:
+    """Whether somebody has put a markup into the volume; Slicer saves those that wait for it too."""
+    return all(
+        point.get("positionStatus", "defined") == "defined"
+        for point in fields.get("controlPoints") or ()
+        if isinstance(point, dict)
+    )
 
 
 def _control_point(fields: Mapping[str, Any]) -> Mapping[str, Any]:

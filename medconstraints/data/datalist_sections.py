@@ -42,7 +42,7 @@ def load_datalist(path: str | PathLike[str]) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"datalist: {file.name} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"datalist: {file.name} holds a {type(content).__name__}; expected an object with sections.")

@@ -171,17 +171,19 @@ def test_a_flat_box_across_no_voxel_axis_is_the_bounding_box_of_its_corners(tmp_
     corners = np.array(list(product(*zip(first, last, strict=True))))
     index = np.array([np.linalg.solve(affine, [*c, 1.0])[:3] for c in corners])
     expected = [1, *np.floor(index.min(0) + 1).astype(int), *np.floor(index.max(0) + 1).astype(int)]
-    assert read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine).tolist() == [expected]
+    assert read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine, max_looseness=1e9).tolist() == [
+        expected
+    ]
     first[2] = last[2] = last[2] + 60
     with pytest.raises(BoxFileError, match=r"entirely outside the volume|beyond the volume along its own axis 3"):
-        read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine)
+        read(json_file(tmp_path, [box(1, first, last)], "RAS"), affine=affine, max_looseness=1e9)
 
 
 def test_millimetre_box_in_an_oblique_grid_is_the_bounding_box_of_its_corners(tmp_path):
     affine = rotated()
     inside = [1, 6, 10, 4, 10, 18, 8]
     world = edges_mm(affine, inside)
-    rows = read(json_file(tmp_path, [box(1, world.min(0), world.max(0))], "RAS"), affine=affine)
+    rows = read(json_file(tmp_path, [box(1, world.min(0), world.max(0))], "RAS"), affine=affine, max_looseness=1e9)
     corners = np.array(list(product(*zip(world.min(0), world.max(0), strict=True))))
     index = np.array([np.linalg.solve(affine, [*c, 1.0])[:3] for c in corners])
     expected = [1, *np.floor(index.min(0) + 1), *np.floor(index.max(0) + 1)]
@@ -196,7 +198,7 @@ def test_oblique_box_of_an_object_at_the_border_is_accepted(tmp_path):
     # The object lies inside the volume; only the corners of its world-aligned box do not.
     affine = rotated()
     world = edges_mm(affine, [1, 0, 0, 0, 4, 6, 3])
-    rows = read(json_file(tmp_path, [box(1, world.min(0), world.max(0))], "RAS"), affine=affine)
+    rows = read(json_file(tmp_path, [box(1, world.min(0), world.max(0))], "RAS"), affine=affine, max_looseness=1e9)
     assert rows[0, 1:4].tolist() == [0, 0, 0]
     assert (rows[0, 4:] >= torch.tensor([4, 6, 3])).all()
 
@@ -209,6 +211,76 @@ def test_slicer_roi_as_slicer_saves_it(tmp_path, system):
         roi |= {"coordinateSystem": "RAS", "center": [41.0, 5.75, 8.0], "orientation": np.eye(3).ravel().tolist()}
     path = slicer_file(tmp_path, roi, name="prostate.mrk.json")
     assert read(path, classes={"prostate": 3}).tolist() == [[3, 3, 5, 5, 7, 15, 6]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# coordinate_system: LPS\n{header}\n{row}\n",
+        "# CoordinateSystem = LPS\n{header}\n{row}\n",
+        "#space: left-posterior-superior\n{header}\n{row}\n",
+        "# Coordinate System: 1\n{header}\n{row}\n",
+        "{header},Coordinate System\n{row},lps\n",
+        "{header},space\n{row},LPS\n",
+        "sep=,\n# CoordinateSystem = LPS,,,\n{header}\n{row}\n",
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_spellings_of_a_table(tmp_path, text, delimiter, encoding):
+    first, last = (2.0 * 3 - 51, 1.5 * 5 - 20.75, 3 * 5 - 8.5), (2.0 * 7 - 51, 1.5 * 15 - 20.75, 3 * 6 - 8.5)
+    row = ",".join(map(str, (1, *first, *last)))
+    path = tmp_path / "a.csv"
+    path.write_text(text.format(header=CSV_3D.strip(), row=row).replace(",", delimiter), encoding=encoding)
+    assert read(path).tolist() == [[1, 3, 5, 5, 7, 15, 6]]
+
+
+def test_each_box_of_a_json_file_may_have_its_own_system(tmp_path):
+    content = {
+        "coordinateSystem": "voxel",
+        "boxes": [
+            {"class": 1, "start": [3, 5, 5], "stop": [7, 15, 6]},
+            {"class": 1, "start": [-45, -13.25, 6.5], "stop": [-37, 1.75, 9.5], "coordinateSystem": "LPS"},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert read(tmp_path / "a.json").tolist() == [[1, 3, 5, 5, 7, 15, 6]] * 2
+
+
+def test_a_number_may_be_the_name_of_another_class(tmp_path):
+    path = slicer_file(tmp_path, markup((-41.0, -5.75, 8.0), (8, 15, 3), label=1))
+    assert read(path, classes={"1": 2}).tolist() == [[2, 3, 5, 5, 7, 15, 6]]
+    path = slicer_file(tmp_path, markup((-41.0, -5.75, 8.0), (8, 15, 3), label={"value": 0}))
+    assert read(path, classes={"0": 1}).tolist() == [[1, 3, 5, 5, 7, 15, 6]]
+
+
+def test_what_is_not_placed_is_no_box(tmp_path, caplog):
+    placed, waiting = markup((-41.0, -5.75, 8.0), (8, 15, 3), label=1), markup((0.0, 0.0, 0.0), (1, 1, 1), label=1)
+    waiting["controlPoints"][0]["positionStatus"] = "preview"
+    assert read(slicer_file(tmp_path, waiting, placed)).tolist() == [[1, 3, 5, 5, 7, 15, 6]]
+    assert "markups[0]: is not placed in the volume" in caplog.text
+
+
+def test_a_bounding_box_roi_is_a_box(tmp_path):
+    roi = markup((-41.0, -5.75, 8.0), (8, 15, 3), label=1, roiType="BoundingBox")
+    assert read(slicer_file(tmp_path, roi)).tolist() == [[1, 3, 5, 5, 7, 15, 6]]
+
+
+def test_a_turned_box_says_how_much_it_is_looser(tmp_path):
+    a = np.deg2rad(30)
+    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    roi = markup((17.5, 17.5, 6.0), (8.0, 8.0, 4.0), label=1, orientation=turn.ravel().tolist())
+    path = slicer_file(tmp_path, roi)
+    with pytest.raises(BoxFileError, match=r"the box along their axes is 1\.87 times as large.*max_looseness=1\.87"):
+        read(path, affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    assert len(read(path, affine=np.diag([-1.0, -1.0, 1.0, 1.0]), max_looseness=1.9)) == 1
+
+
+def test_millimetres_of_an_image_in_doubt(tmp_path):
+    path = json_file(tmp_path, [box(1, (-1.0, 2, 3), (5, 8.0, 9))], "RAS")
+    with pytest.raises(BoxFileError, match="is in millimetres, but of its image it is not known where they are: forms"):
+        read(path, doubt="forms")
+    assert len(read(json_file(tmp_path, [box(1, (3, 5, 5), (7, 15, 6))], "voxel"), doubt="forms")) == 1
 
 
 def test_slicer_defaults(tmp_path):
@@ -226,14 +298,14 @@ def test_rotated_slicer_roi_is_the_bounding_box_of_its_corners(tmp_path):
     roi = markup((10.0, 12.0, 6.0), (8.0, 2.0, 4.0), label=1, orientation=turn.ravel().tolist())
     corners = [turn @ (np.array(s) * [4, 1, 2]) + [10, 12, 6] for s in product((-1, 1), repeat=3)]
     low, high = np.min(corners, 0), np.max(corners, 0)
-    rows = read(slicer_file(tmp_path, roi), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    rows = read(slicer_file(tmp_path, roi), affine=np.diag([-1.0, -1.0, 1.0, 1.0]), max_looseness=4)
     assert rows.tolist() == [[1, *np.floor(low + 1).astype(int), *np.floor(high + 1).astype(int)]]
     # the transposed matrix turns the other way about: the box would be the same by symmetry, so shift one axis
     lean = turn @ np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
     roi["orientation"] = lean.ravel().tolist()
     corners = [lean @ (np.array(s) * [4, 1, 2]) + [10, 12, 6] for s in product((-1, 1), repeat=3)]
     low, high = np.min(corners, 0), np.max(corners, 0)
-    rows = read(slicer_file(tmp_path, roi), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    rows = read(slicer_file(tmp_path, roi), affine=np.diag([-1.0, -1.0, 1.0, 1.0]), max_looseness=4)
     assert rows.tolist() == [[1, *np.floor(low + 1).astype(int), *np.floor(high + 1).astype(int)]]
 
 
@@ -251,8 +323,13 @@ def test_rotated_slicer_roi_is_the_bounding_box_of_its_corners(tmp_path):
         ({"controlPoints": []}, "bladder.mrk.json", 2),
         ({"label": "prostate"}, "bladder.mrk.json", 1),
         ({"label": "rectum"}, "bladder.mrk.json", "unknown class 'rectum'"),
-        ({"controlPoints": [{"label": "rectum-1"}]}, "bladder.mrk.json", "unknown class 'rectum-1'"),
-        ({"controlPoints": [{"label": "R-1"}]}, "x.mrk.json", "unknown class 'R-1'"),
+        ({"controlPoints": [{"label": "rectum-1"}]}, "bladder.mrk.json", "unknown class 'rectum'"),
+        ({"controlPoints": [{"label": "Bladder_2-1"}]}, "x.mrk.json", 2),
+        ({"label": "PROSTATE"}, "bladder.mrk.json", 1),
+        ({"name": "Crop Volume ROI-1"}, "bladder.mrk.json", 2),
+        ({"name": "Volume rendering ROI"}, "Bladder_3.mrk.json", 2),
+        ({"name": "MarkupsROI_1"}, "x.mrk.json", "unknown class 'MarkupsROI'"),
+        ({"controlPoints": [{"label": "R-1"}]}, "x.mrk.json", "unknown class 'R'"),
         ({"controlPoints": []}, "x.mrk.json", "has no class"),
     ],
 )
@@ -521,21 +598,21 @@ def test_oblique_box_outside(tmp_path):
     affine = rotated()
     world = edges_mm(affine, [1, 0, 0, 0, 20, 30, 12])
     low, high = world.min(0), world.max(0)
-    read(json_file(tmp_path, [box(1, low, high)], "RAS"), affine=affine)
+    read(json_file(tmp_path, [box(1, low, high)], "RAS"), affine=affine, max_looseness=1e9)
     high[2] += 6.0
     with pytest.raises(BoxFileError, match=r"reaches [\d.]+ mm beyond the volume along its own axis 3"):
-        read(json_file(tmp_path, [box(1, low, high)], "RAS"), affine=affine)
+        read(json_file(tmp_path, [box(1, low, high)], "RAS"), affine=affine, max_looseness=1e9)
 
 
 BAD_ROIS = [
     ({"type": "Fiducial"}, "type: 'ROI' was expected; keep only ROI boxes in the file"),
-    ({"roiType": "BoundingBox"}, "roiType: 'Box' was expected; draw it as a box ROI"),
+    ({"roiType": "Sphere"}, "roiType: 'Sphere' is not one of ['Box', 'BoundingBox']; draw it as a box ROI"),
     ({"insideOut": True}, "insideOut: True is not"),
     (
         {"coordinateUnits": "um"},
         "coordinateUnits: 'um' is not valid under any of the given schemas; save it in millimetres",
     ),
-    ({"coordinateSystem": "IJK"}, "unknown coordinate system 'IJK'; use voxel, RAS or LPS"),
+    ({"coordinateSystem": "IJK"}, "unknown coordinate system 'voxel' for a Slicer ROI; use LPS or RAS"),
     ({"coordinateSystem": "voxel"}, "unknown coordinate system 'voxel' for a Slicer ROI"),
     ({"center": None, "controlPoints": []}, "center: None is not of type 'array'; place the ROI in Slicer"),
     ({"size": None}, "'size' is a required property; place the ROI in Slicer"),
@@ -596,7 +673,17 @@ def test_slicer_roi_on_a_2d_image(tmp_path):
         ),
         ("a.csv", "", "needs the columns class,start_1,.* for a 3D image; found none; add the missing columns"),
         ("a.csv", "class,start_1\n1,2\n", "found class,start_1; add the missing columns"),
-        ("a.csv", CSV_3D.replace(",", ";"), "found class;start_1.*; separate columns with commas"),
+        ("a.csv", CSV_3D.replace("start_2", "start_1"), "has the column 'start_1' 2 times; keep one"),
+        (
+            "a.csv",
+            "# coordinates: LPS\n" + CSV_3D,
+            "'coordinates' looks like a coordinate system",
+        ),
+        ("a.csv", CSV_3D.replace("class", "class,frame"), "'frame' looks like a coordinate system"),
+        ("a.csv", CSV_3D + "1,1_0,2,3,4,5,6\n", r"row 1 \(line 2\): start_1 is '1_0', which is no number"),
+        ("a.csv", CSV_3D + f"1,{'9' * 5000},2,3,4,5,6\n", r"row 1 .*start_1 is '9+\.\.\. \(5002 characters\)"),
+        ("a.json", '{"coordinate_system": "voxel", "boxes": [' + "9" * 5000 + "]}", "is not valid JSON"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
         ("a.csv", "class,x_min,y_min,x_max,y_max\n1,0,0,1,1\n", "needs the columns .*x_min,y_min,z_min"),
         ("a.csv", b"class,\xff\xfe", r"is not UTF-8 text .*; save it as UTF-8"),
         ("a.csv", CSV_3D + "1,1,2,3,4,6\n", r"row 1 \(line 2\): stop_3 is '', which is no number"),

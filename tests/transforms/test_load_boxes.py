@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 
 from medconstraints.boxes.files import BoxFileError, write_boxes
-from medconstraints.transforms import BoxesToGridd, LoadBoxesd, box_transforms
+from medconstraints.transforms import BoxesToGridd, LoadBoxesd, LoadVolumed, box_transforms
 
 SHAPE = (18, 22, 10)
 LPS = np.array([[-1.5, 0, 0, 30], [0, -2.0, 0, 12], [0, 0, 3, -5], [0, 0, 0, 1]])
@@ -237,7 +237,7 @@ def test_cropped_before(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
-        ({"boxes": torch.zeros(1, 7)}, TypeError, "boxes: expected the path of a box file, got Tensor"),
+        ({"boxes": torch.zeros(1, 7)}, TypeError, "boxes: expected the path of a box file or folder, .*got Tensor"),
         (
             {"image": "case.nii.gz"},
             TypeError,
@@ -266,3 +266,35 @@ def test_image_without_a_stored_grid(tmp_path):
     image.meta |= {"original_affine": LPS, "spatial_shape": np.array(SHAPE[:2])}
     with pytest.raises(ValueError, match="expected an image of the 2 axes of its file, got 3 spatial axes"):
         LoadBoxesd()({"image": image, "boxes": path})
+
+
+def test_boxes_of_several_files_and_of_a_folder_go_together(tmp_path):
+    image = MetaTensor(torch.zeros(1, 8, 8), affine=torch.eye(4), meta={"filename_or_obj": "a.png"})
+    header = "class,x_min,y_min,x_max,y_max\n"
+    for name, row in (("one.csv", "1,0,2,3,4"), ("two.csv", "2,1,1,5,5")):
+        (tmp_path / name).write_text(header + row)
+    expected = [[1, 0, 2, 3, 4], [2, 1, 1, 5, 5]]
+    for value in ([str(tmp_path / "one.csv"), str(tmp_path / "two.csv")], str(tmp_path)):
+        assert LoadBoxesd()({"image": image, "boxes": value})["boxes"].tolist() == expected
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"boxes: no \.json or \.csv file in the folder empty"):
+        LoadBoxesd()({"image": image, "boxes": tmp_path / "empty"})
+    with pytest.raises(KeyError, match=r"boxes: the item of a\.png has none; add its box file to the datalist"):
+        LoadBoxesd()({"image": image})
+
+
+def test_millimetre_boxes_need_a_form_that_counts(tmp_path):
+    voxels = np.random.default_rng(0).random((8, 8, 8)).astype(np.float32)
+    image = nib.Nifti1Image(voxels, np.eye(4))
+    image.set_sform(np.eye(4), 1)
+    image.set_qform(np.diag([1.0, 1.0, 2.0, 1.0]), 1)
+    nib.save(image, tmp_path / "a.nii")
+    for system, start in (("RAS", 0.5), ("voxel", 1)):
+        content = {"coordinate_system": system, "boxes": [{"class": 1, "start": [start] * 3, "stop": [start + 3] * 3}]}
+        (tmp_path / f"{system}.json").write_text(json.dumps(content))
+    load, boxes = (lambda form: LoadVolumed("image", form=form)({"image": tmp_path / "a.nii"})["image"]), LoadBoxesd()
+    with pytest.raises(BoxFileError, match=r"in millimetres.*sform \(origin.*set form to sform or qform"):
+        boxes({"image": load("best"), "boxes": tmp_path / "RAS.json"})
+    assert boxes({"image": load("best"), "boxes": tmp_path / "voxel.json"})["boxes"].tolist() == [[1, 1, 1, 1, 4, 4, 4]]
+    assert boxes({"image": load("sform"), "boxes": tmp_path / "RAS.json"})["boxes"].tolist() == [[1, 1, 1, 1, 4, 4, 4]]
+    assert boxes({"image": load("qform"), "boxes": tmp_path / "RAS.json"})["boxes"].tolist() == [[1, 1, 1, 1, 4, 4, 2]]
