@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMS = ("best", "sform", "qform")
 MM = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
-AGREEMENT_VOXELS = 0.1  # by which the corners of a volume may differ between the two forms: both are float32
+AGREEMENT_VOXELS = 0.25  # by which corners may differ between the two forms: one is of float32 quaternions
 SUFFIXES = ("nii", "nii.gz", "img", "hdr")
 
 
@@ -90,8 +90,8 @@ def affine_mm(image: Any, form: str = "best") -> npt.NDArray[np.float64]:
 def geometry_notes(image: Any) -> dict[str, str]:
     """What a header leaves open, by kind; empty for one that says one thing.
 
-    Kinds: "forms" where sform and qform place a corner of the volume more than a tenth of a voxel apart, so that tools
-    disagree on where the voxels are; "orientation" where neither has a code.
+    Kinds: "forms" where sform and qform place a corner of the volume more than a quarter of a voxel apart, so that
+    tools disagree on where the voxels are; "orientation" where neither has a code.
     """
     header, notes = image.header, {}
     sform, qform = (getattr(image.header, f"get_{form}")(coded=True)[0] for form in ("sform", "qform"))

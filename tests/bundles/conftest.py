@@ -113,6 +113,18 @@ def messages() -> Callable[[BaseException | None], str]:
 
 
 @pytest.fixture(scope="session")
+def outcome() -> Callable[[Path], tuple[list[str], dict[str, str]]]:
+    """Of the folder of an inference: the names of the volumes done, and the reasons of those that failed."""
+
+    def read(folder: Path) -> tuple[list[str], dict[str, str]]:
+        rows = json.loads((folder / "inference.json").read_text())["volumes"]
+        failed = {row["name"]: row["reason"] for row in rows if row["state"] == "failed"}
+        return [row["name"] for row in rows if row["state"] == "done"], failed
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def read_table() -> Callable[[Path], list[dict[str, str]]]:
     """Rows of a CSV file."""
 

@@ -413,6 +413,13 @@ def volumes(tmp_path_factory):
     return folder
 
 
+REPORTS = ("inference.json", "settings.json", "volumes.csv", "index.html")
+
+
+def written(folder):
+    return {path.name for path in folder.iterdir() if path.name != ".lock"}
+
+
 def codes(image):
     return "".join(orientations.aff2axcodes(image.affine))
 
@@ -420,11 +427,8 @@ def codes(image):
 @pytest.mark.parametrize("spacing_mm", [[-1, -1, -1], [1.5, 1.5, 1.5]])
 def test_masks_have_the_geometry_of_their_input(infer, volumes, spacing_mm):
     masks = infer(volumes, spacing_mm=spacing_mm)
-    assert {path.name for path in masks.iterdir()} == {
-        "inference.json",
-        "settings.json",
-        *(f"{code}_seg.nii.gz" for code in ("RAS", "LPS", "PSR")),
-    }
+    stems = [f"{code}_seg" for code in ("RAS", "LPS", "PSR")]
+    assert written(masks) == {*REPORTS, *(f"{stem}{ending}" for stem in stems for ending in (".nii.gz", ".json"))}
     in_ras = []
     for path in volumes.iterdir():
         image = nib.load(path)
@@ -443,10 +447,9 @@ def test_masks_have_the_geometry_of_their_input(infer, volumes, spacing_mm):
         assert all((in_ras[0] != mask).mean() < 0.02 for mask in in_ras)
 
 
-def test_section_of_a_datalist(infer, cohort):
+def test_section_of_a_datalist(infer, cohort, outcome):
     masks = infer(cohort, section="validation")
-    report = json.loads((masks / "inference.json").read_text())
-    assert report == {"done": ["phantom_004.nii.gz", "phantom_005.nii.gz"], "failed": []}
+    assert outcome(masks) == (["phantom_004.nii.gz", "phantom_005.nii.gz"], {})
     assert {path.name for path in masks.glob("*.nii.gz")} == {"phantom_004_seg.nii.gz", "phantom_005_seg.nii.gz"}
 
 
@@ -467,10 +470,10 @@ def test_unusual_names(infer, volumes, tmp_path, name):
     nib.save(image, folder / name)
     masks = infer(folder)
     stem = name.removesuffix(".gz").removesuffix(".nii")
-    assert {path.name for path in masks.iterdir()} == {"inference.json", "settings.json", f"{stem}_seg.nii.gz"}
+    assert written(masks) == {*REPORTS, f"{stem}_seg.nii.gz", f"{stem}_seg.json"}
 
 
-def test_bad_files_do_not_stop_the_others(infer, volumes, tmp_path):
+def test_bad_files_do_not_stop_the_others(infer, volumes, outcome, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(volumes, folder)
     image, _, affine = make_phantom(5, shape=SHAPE)
@@ -484,10 +487,11 @@ def test_bad_files_do_not_stop_the_others(infer, volumes, tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     datalist = folder / "datalist.json"
     datalist.write_text(json.dumps({"test": [*names, "missing.nii.gz"]}))
-    masks = infer(datalist)
-    report = json.loads((masks / "inference.json").read_text())
-    assert report["done"] == ["LPS.nii", "PSR.nii.gz", "RAS.nii.gz"]
-    reasons = {entry["file"]: entry["reason"] for entry in report["failed"]}
+    with pytest.raises(SystemExit) as stop:
+        infer(datalist)
+    masks = tmp_path / "masks"
+    done, reasons = outcome(masks)
+    assert stop.value.code == 1 and done == ["LPS.nii", "PSR.nii.gz", "RAS.nii.gz"]
     expected = {
         "cut.nii.gz": r"VolumeError: cut\.nii\.gz: is truncated",
         "empty.nii.gz": r"VolumeError: empty\.nii\.gz: is empty \(0 bytes\)",
@@ -502,12 +506,12 @@ def test_bad_files_do_not_stop_the_others(infer, volumes, tmp_path):
     assert len(list(masks.glob("*_seg.nii.gz"))) == 3
 
 
-def test_only_bad_files_is_an_error(infer, tmp_path):
+def test_only_bad_files_is_an_error(infer, outcome, tmp_path):
     (tmp_path / "bad.nii.gz").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="evaluator") as caught:
+    with pytest.raises(SystemExit) as stop:
         infer(tmp_path / "bad.nii.gz")
-    assert "every volume failed:\n  bad.nii.gz: VolumeError: bad.nii.gz: is empty" in chain(caught.value)
-    assert json.loads((tmp_path / "masks" / "inference.json").read_text())["done"] == []
+    done, reasons = outcome(tmp_path / "masks")
+    assert stop.value.code == 2 and not done and "is empty" in reasons["bad.nii.gz"]
 
 
 def test_existing_masks_are_refused_before_anything_is_written(infer, volumes, tmp_path):
@@ -532,7 +536,7 @@ def test_wrong_weights_leave_the_old_masks(infer, volumes, tmp_path):
         (masks / name).write_bytes(content)
     with pytest.raises(RuntimeError, match="evaluator"):
         infer(volumes, overwrite=True, ckpt_path=tmp_path / "missing.pt")
-    assert {path.name: path.read_bytes() for path in masks.iterdir()} == old
+    assert {name: (masks / name).read_bytes() for name in written(masks)} == old
 
 
 def test_a_failing_volume_keeps_no_mask_that_looks_new(infer, volumes, tmp_path):
@@ -542,9 +546,10 @@ def test_a_failing_volume_keeps_no_mask_that_looks_new(infer, volumes, tmp_path)
     masks.mkdir()
     for name in ("RAS_seg.nii.gz", "LPS_seg.nii.gz"):
         (masks / name).write_bytes(b"old")
-    infer(folder, overwrite=True)
-    names = {"inference.json", "settings.json", "LPS_seg.nii.gz", "PSR_seg.nii.gz", "RAS_seg.nii.gz.old"}
-    assert {path.name for path in masks.iterdir()} == names
+    with pytest.raises(SystemExit):
+        infer(folder, overwrite=True)
+    names = {"LPS_seg.nii.gz", "LPS_seg.json", "PSR_seg.nii.gz", "PSR_seg.json", "RAS_seg.nii.gz.old"}
+    assert written(masks) == {*REPORTS, *names}
     assert nib.load(masks / "LPS_seg.nii.gz").shape == SHAPE
 
 
@@ -583,7 +588,7 @@ def test_weights_that_do_not_fit_give_no_masks(infer, volumes, trained, tmp_path
     with pytest.raises(RuntimeError, match="evaluator") as caught:
         infer(volumes, ckpt_path=trained / weights, **more)
     assert re.search(expected, chain(caught.value))
-    assert not list((tmp_path / "masks").iterdir())
+    assert not written(tmp_path / "masks")
 
 
 # Training: bad input
