@@ -42,14 +42,15 @@ def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path
         weights: file of weights that the run read.
 
     Raises:
-        SystemExit: 1 if a volume failed, 2 if all did.
+        SystemExit: 1 if a volume failed, 2 if all did; of several processes in the first.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return  # torchrun stops all processes when one of them fails, and the first has not written yet
     folder = Path(output_dir)
-    if os.environ.get("RANK", "0") == "0":
-        write_settings(folder, weights)
-        table = write_inference_table(folder / "volumes.csv", evaluator.rows, folder)
-        page = write_inference_page(folder / "index.html", evaluator.rows, folder)
-        logger.info("masks: %s\ntable: %s\npage:  %s", folder, table, page)
+    write_settings(folder, weights)
+    table = write_inference_table(folder / "volumes.csv", evaluator.rows, folder)
+    page = write_inference_page(folder / "index.html", evaluator.rows, folder)
+    logger.info("masks: %s\ntable: %s\npage:  %s", folder, table, page)
     if evaluator.exit_status:
         raise SystemExit(evaluator.exit_status)
 

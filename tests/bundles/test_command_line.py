@@ -166,3 +166,29 @@ def test_an_expected_error_ends_with_its_reason(
     assert done.returncode == 1, done.stderr[-2000:]
     last = done.stderr.strip().splitlines()[-1]
     assert all(word in last for word in words), last
+
+
+def test_a_folder_of_studies_in_two_processes_is_one_report(bundles_root, environment, outcome, tmp_path, data_root):
+    """With one bad file: the exit status of both together, and the same masks as in one process."""
+    images = sorted((data_root / "hippocampus" / "imagesTr").iterdir())[:5]
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for number, image in enumerate(images):
+        shutil.copy(image, tmp_path / "in" / ("sub" if number % 2 else ".") / f"{number}.nii.gz")
+    (tmp_path / "in" / "bad.nii").write_bytes(b"no volume")
+    bundle = bundles_root / "size_constraint"
+    line = ["monai.bundle", "run", "--config_file", str(bundle / "configs" / "inference.json")]
+    line += ["--bundle_root", str(bundle), "--dataset_dir", str(tmp_path / "in"), "--output_dir"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for start, folder in ((["-m"], "one"), ([*torchrun, "-m"], "two")):
+        done = subprocess.run(
+            [sys.executable, *start, *line, str(tmp_path / folder)], env=environment, capture_output=True, timeout=300
+        )
+        assert done.returncode == 1
+    expected = {f"sub/{number}.nii.gz" if number % 2 else f"{number}.nii.gz" for number in range(5)}
+    for folder in ("one", "two"):
+        names, reasons = outcome(tmp_path / folder)
+        assert {*names} == expected and [*reasons] == ["bad.nii"]
+    for path in (tmp_path / "one").rglob("*.nii.gz"):
+        other = nib.load(tmp_path / "two" / path.relative_to(tmp_path / "one"))
+        assert np.array_equal(np.asarray(nib.load(path).dataobj), np.asarray(other.dataobj))
+    assert (tmp_path / "two" / "index.html").is_file() and (tmp_path / "two" / "settings.json").is_file()
