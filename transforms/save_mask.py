@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medconstraints.data.output_folders import mask_path
+from medconstraints.data.weights_card import grid_of
 from medconstraints.volumes.facts import facts_path, mask_facts
 from medconstraints.volumes.masks import save_mask, write_whole
 
@@ -66,6 +67,7 @@ class SaveMaskd(MapTransform):
             affine = mask.meta.get("original_affine")
             content = {
                 "classes": mask_facts(values, affine, classes=self.classes),
+                **grid_of(values.shape, affine),
                 "notes": str(mask.meta.get("geometry_notes") or ""),
             }
             if "confidence" in data:

@@ -149,13 +149,13 @@ def read_boxes(
         raise FileNotFoundError(f"no box file at {path}")
     names = _checked_names(classes)
     rows, faults = [], []
-    how = {"max_looseness": checks.number("max_looseness", max_looseness, least=1.0), "doubt": doubt}
+    most = checks.number("max_looseness", max_looseness, least=1.0)
     for record in _named_records(path, format, target.ndim, image, names):
         if record.slicer and not is_placed(record.fields):
             logger.warning("%s, %s: is not placed in the volume (positionStatus), and no box", path.name, record.where)
             continue
         try:
-            rows.append(box_row(record, names, target, stored, path.name, num_classes, **how))
+            rows.append(box_row(record, names, target, stored, path.name, num_classes, max_looseness=most, doubt=doubt))
         except Refusal as fault:
             faults.append(BoxFault(record.row, record.where, str(fault)))
     if faults:

@@ -27,9 +27,10 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import create_workflow
 
-from medconstraints.data.datalist_sections import fingerprints, load_datalist
+from medconstraints.data.datalist_sections import fingerprints, load_datalist, read_datalist
 from medconstraints.data.missing import MissingData
 from medconstraints.data.output_folders import check_run_dir, lock_folder
+from medconstraints.data.weights_card import cohort_of, compare_with_card, read_card
 
 __all__ = [
     "SETTINGS_FILE",
@@ -182,10 +183,27 @@ def start_run(output_dir: str | Path) -> None:
         _warn_of_shared_cases(content)
     if call is not None:
         _check_patch_size(call.parser.config)
-    write_settings(check_run_dir(output_dir))
+    folder = check_run_dir(output_dir)
+    write_settings(folder, cohort=_cohort(call) if call is not None and os.environ.get("RANK", "0") == "0" else {})
 
 
-def start_inference(volumes: Any, output_dir: str | Path) -> None:
+def _cohort(call: _Call) -> dict[str, Any]:
+    datalist = _resolved(call.parser, "datalist", call.parser.config.get("datalist"))
+    if not isinstance(datalist, str) or not Path(datalist).is_file():
+        return {}
+    classes = _resolved(call.parser, "num_classes", call.parser.config.get("num_classes"))
+    items = read_datalist(datalist, "training", required=False) if _has_images(datalist) else []
+    return cohort_of(items, classes if isinstance(classes, int) else None)
+
+
+def _has_images(datalist: str) -> bool:
+    """Whether the entries are images, and not rows of an archive."""
+    return all("image" in entry for entry in load_datalist(datalist).get("training") or () if isinstance(entry, dict))
+
+
+def start_inference(
+    volumes: Any, output_dir: str | Path, weights: str | Path | None = None, *, as_trained: bool = True
+) -> None:
     """Before an inference: stop if the volumes are not there, keep other runs out, clear what a dead one left.
 
     Where torchrun started several processes, they meet here.
@@ -193,15 +211,23 @@ def start_inference(volumes: Any, output_dir: str | Path) -> None:
     Args:
         volumes: of `inference_items`.
         output_dir: folder of the masks; `finish_inference` follows when all are done.
+        weights: file of weights, whose card says with which settings they were trained; None compares none.
+        as_trained: refuse settings that contradict the card; False warns.
 
     Raises:
         OSError: the error that `inference_items` met, or another run writes to the folder.
-        ValueError: the strides of the network do not divide `patch_size`.
+        ValueError: the strides of the network do not divide `patch_size`, or the weights were trained with others.
     """
     if (call := _running()) is not None:
         _check_patch_size(call.parser.config)
     if isinstance(volumes, MissingData):
         raise volumes.error
+    if weights is not None and call is not None:
+        settings = {key: _resolved(call.parser, key, value) for key, value in call.parser.config.items()}
+        if told := compare_with_card(read_card(weights), settings):
+            if as_trained:
+                raise ValueError(f"{'; '.join(told)}; or --as_trained False, if that is meant.")
+            logger.warning("%s", "; ".join(told))
     folder = Path(output_dir)
     if os.environ.get("RANK", "0") == "0":
         lock_folder(folder)
@@ -242,15 +268,18 @@ def _check_patch_size(config: Mapping[str, Any]) -> None:
         )
 
 
-def write_settings(folder: str | Path, weights: str | Path | None = None) -> None:
+def write_settings(
+    folder: str | Path, weights: str | Path | None = None, *, cohort: Mapping[str, Any] | None = None
+) -> None:
     """Write the resolved settings of the run that calls it to `settings.json`.
 
     Keys: "bundle", "config_files", "options" as they were given, "settings", the values of all plain entries of the
-    config, and "training", the same of the run that made the weights, where a file beside them tells.
+    config, "cohort", and "training", the same of the run that made the weights, where these or a file beside them tell.
 
     Args:
         folder: of the run's results.
         weights: file of weights that the run reads.
+        cohort: what the training volumes are like, see `cohort_of`.
     """
     call = _running()
     if call is None or os.environ.get("RANK", "0") != "0":
@@ -262,12 +291,10 @@ def write_settings(folder: str | Path, weights: str | Path | None = None) -> Non
         "options": call.options,
         "settings": {key: value for key, value in plain.items() if key not in NOT_SETTINGS and _is_setting(value)},
     }
-    if weights is not None and (found := read_settings(Path(weights).parent)):
+    if cohort:
+        content["cohort"] = cohort
+    if weights is not None and (found := read_card(weights) or read_settings(Path(weights).parent)):
         content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
-        for name in ("num_classes", "spacing_mm", "nonzero"):
-            then, now = (settings.get(name) for settings in (found.get("settings", {}), content["settings"]))
-            if then != now:
-                logger.warning("%s is %r, but the weights were trained with %r", name, now, then)
     target = Path(folder) / SETTINGS_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

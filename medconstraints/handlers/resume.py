@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from medconstraints.data.slices import VolumeBatchSampler
+from medconstraints.data.weights_card import CARD, write_card
 
 __all__ = [
     "EpochSeedHandler",
@@ -47,8 +48,13 @@ class Stateful(Protocol):
         """Put it back."""
 
 
-def save_whole(state: Any, path: Path) -> None:
+def save_whole(state: Any, path: Path, *, card: Mapping[str, Any] | None = None) -> None:
     """Write beside and rename: a run killed while it writes leaves the former file whole.
+
+    Args:
+        state: for `torch.save`.
+        path: the file.
+        card: see `write_card`.
 
     Raises:
         RuntimeError: a number is not finite; the former file stays.
@@ -64,6 +70,8 @@ def save_whole(state: Any, path: Path) -> None:
     beside = path.with_name(path.name + ".part")
     try:
         torch.save(state, beside)
+        if card:
+            write_card(beside, card)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         beside.unlink(missing_ok=True)
         raise OSError(
@@ -121,6 +129,13 @@ class EpochSeedHandler:
                     sampler.set_epoch(engine.state.epoch)  # they shuffle by it
 
 
+def _save_weights(network: Any, path: Path) -> None:
+    """A plain state dictionary, with the card that the run's `settings.json` has for it."""
+    told = path.parent / "settings.json"
+    card = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    save_whole(_unwrapped(network).state_dict(), path, card={key: card[key] for key in CARD if key in card})
+
+
 class SaveBestHandler:
     """Saves an evaluator's network whenever its key metric is better than ever before.
 
@@ -141,7 +156,7 @@ class SaveBestHandler:
     def __call__(self, engine: Any) -> None:
         """Save if this validation was the best one."""
         if engine.state.best_metric_epoch == engine.state.epoch:
-            save_whole(_unwrapped(engine.network).state_dict(), self.path)
+            _save_weights(engine.network, self.path)
             logger.info("best key metric %.4f: saved %s", engine.state.best_metric, self.path.name)
 
 
@@ -171,7 +186,7 @@ class SaveLatestHandler:
 
     def __call__(self, engine: Any) -> None:
         """Save."""
-        save_whole(_unwrapped(engine.network).state_dict(), self.path)
+        _save_weights(engine.network, self.path)
 
 
 def _as_json(settings: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medconstraints.data.run_settings import write_settings
+from medconstraints.data.weights_card import outside_of, read_card
 from medconstraints.reports.planes import draw_planes
 from medconstraints.volumes import write_whole
 from medconstraints.volumes.facts import facts_path
@@ -49,7 +50,7 @@ def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path
     folder = Path(output_dir)
     write_settings(folder, weights)
     table = write_inference_table(folder / "volumes.csv", evaluator.rows, folder)
-    page = write_inference_page(folder / "index.html", evaluator.rows, folder)
+    page = write_inference_page(folder / "index.html", evaluator.rows, folder, cohort=read_card(weights).get("cohort"))
     logger.info("masks: %s\ntable: %s\npage:  %s", folder, table, page)
     if evaluator.exit_status:
         raise SystemExit(evaluator.exit_status)
@@ -89,8 +90,8 @@ def _facts(row: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     return found
 
 
-def flags_of(facts: Mapping[str, Any]) -> list[str]:
-    """What a person should look at."""
+def flags_of(facts: Mapping[str, Any], cohort: Mapping[str, Any] | None = None) -> list[str]:
+    """What a person should look at, also where the volume is unlike those of the training (`cohort_of`)."""
     parts = facts.get("classes", {})
     flags = [f"{name}: empty" for name, part in parts.items() if not part["voxels"]]
     flags += ["empty"] if facts and not parts else []
@@ -98,22 +99,27 @@ def flags_of(facts: Mapping[str, Any]) -> list[str]:
     flags += [f"{name}: touches the border" for name, part in parts.items() if part.get("at_border")]
     confidence = facts.get("confidence")
     flags += [f"low confidence, {confidence:.2f}"] if confidence is not None and confidence < LOW_CONFIDENCE else []
+    sizes = {str(part["value"]): part["ml"] for part in parts.values()}
+    flags += outside_of(cohort, facts, sizes) if cohort else []
     return flags + ([facts["notes"]] if facts.get("notes") else [])
 
 
-def write_inference_page(path: Path, rows: Sequence[Mapping[str, Any]], output_dir: Path) -> Path:
+def write_inference_page(
+    path: Path, rows: Sequence[Mapping[str, Any]], output_dir: Path, *, cohort: Mapping[str, Any] | None = None
+) -> Path:
     """A page for all files, that needs no network: state, sizes, flags and a picture of each, sortable.
 
     Args:
         path: file to write.
         rows: of `TolerantEvaluator`.
         output_dir: folder of the masks, and of the facts beside them.
+        cohort: of the training, see `cohort_of`.
     """
     shown = []
     for row in rows:
         facts = _facts(row, output_dir)
         sizes = {name: part["ml"] for name, part in facts.get("classes", {}).items()}
-        shown.append({**row, "sizes": sizes, "flags": flags_of(facts), "picture": _picture(row, output_dir)})
+        shown.append({**row, "sizes": sizes, "flags": flags_of(facts, cohort), "picture": _picture(row, output_dir)})
     names = list(dict.fromkeys(name for row in shown for name in row["sizes"]))
     states = {state: sum(row["state"] == state for row in shown) for state in ("done", "failed", "kept", "left out")}
     environment = jinja2.Environment(
