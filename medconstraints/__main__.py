@@ -62,6 +62,7 @@ COMMANDS = {
     "demo": Command("demo:run_demo", "train on synthetic volumes with boxes only, and report"),
     "phantoms": Command("synthetic.phantoms:make_cohort", "write a cohort of synthetic 3D volumes"),
     "discs": Command("synthetic.discs:make_discs", "write a cohort of noisy 2D images of two discs"),
+    "check": Command("data.check_datalist:check_datalist", "read every file of a datalist once, and list all faults"),
     "check_dataset": Command("data.manifests:check_dataset", "compare a local copy of a data set with its manifest"),
     "make_datalist": Command(
         "data.manifests:make_datalist", "list the cases of a data set, divided by patient", "data.manifests:numbers_of"
