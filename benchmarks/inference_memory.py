@@ -92,7 +92,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "volume.nii"
         rng = np.random.default_rng(0)
-        voxels = rng.integers(-1000, 1000, args.shape, dtype=np.int16)
+        waves = [np.sin(np.arange(size) / size * 9 + rng.random() * 6) for size in args.shape]
+        smooth = waves[0][:, None, None] * waves[1][:, None] * waves[2]
+        voxels = (1000 * smooth).astype(np.int16)
+        del smooth
         nib.save(nib.Nifti1Image(voxels, np.diag([-0.7, -0.7, 0.8, 1.0])), image)
         for classes in args.classes:
             for chain in ("ours", *(["stock"] if classes in args.stock else [])):

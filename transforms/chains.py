@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from monai.transforms import (
     Lambdad,
     LoadImage,
     MapLabelValued,
+    MapTransform,
     NormalizeIntensityd,
     Orientationd,
     Spacingd,
@@ -89,17 +90,30 @@ def reading_transforms(
     chain: Chain = [
         LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels, form=form, series=series),
         *([LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True, form=form)] if labels else []),
-        *([] if nan_value is None else [Lambdad("image", partial(torch.nan_to_num, nan=float(nan_value)))]),
+        *([] if nan_value is None else [_Applied("image", partial(torch.nan_to_num, nan=float(nan_value)))]),
         *([] if label_values is None else [_renumbered(label_key, label_values)]),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
-        Lambdad("image", partial(_shifted, nonzero=checks.flag("nonzero", nonzero)), track_meta=False),
+        _Applied("image", partial(_shifted, nonzero=checks.flag("nonzero", nonzero))),
     ]
     if spatial_dims == 3:
         chain.append(Orientationd(keys, axcodes=axcodes, labels=None, allow_missing_keys=True))
     if spacing_mm is not None and any(step > 0 for step in spacing_mm):
-        chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, allow_missing_keys=True))
+        # Half of the memory for images; labels are read at the nearest voxel, where rounding may decide.
+        dtypes = [np.float32, *[np.float64] * len(labels)]
+        chain.append(Spacingd(keys, pixdim=tuple(spacing_mm), mode=modes, dtype=dtypes, allow_missing_keys=True))
     normalize = NormalizeIntensityd("image", nonzero=nonzero, channel_wise=True)
     return [*chain, normalize, EnsureTyped(keys, dtype=np.float32, allow_missing_keys=True)]
+
+
+class _Applied(MapTransform):
+    """A function of intensities that leaves no trace: MONAI's `Lambdad` would have to be inverted."""
+
+    def __init__(self, keys: str, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(keys)
+        self.function = function
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: self.function(data[key]) for key in self.key_iterator(dict(data))}}
 
 
 def _renumbered(label_key: str | None, values: Sequence[int]) -> MapLabelValued:

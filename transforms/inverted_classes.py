@@ -50,17 +50,16 @@ class InvertedClassesd(MapTransform):
             image = item[self.image_key]
             operations = {operation["class"] for operation in getattr(image, "applied_operations", [])}
             if "SpatialResample" in operations and operations <= {"SpatialResample", "Orientation"}:
-                classes, best, meta = self._in_slabs(item[key], image)
+                classes, total, meta = self._in_slabs(item[key], image)
             else:
-                classes, best, meta = self._class_by_class(item, key)
-            inside = classes > 0
-            if bool(inside.any()):
-                item["confidence"] = round(float(best[inside].double().mean()), 4)
+                classes, total, meta = self._class_by_class(item, key)
+            if count := int(torch.count_nonzero(classes)):
+                item["confidence"] = round(total / count, 4)
             item[key] = classes if meta is None else MetaTensor(classes, meta=meta)
         return item
 
-    def _class_by_class(self, item: Mapping[Hashable, Any], key: Hashable) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Classes and their probabilities (1, *S), and the meta data of the file, by MONAI's inverse."""
+    def _class_by_class(self, item: Mapping[Hashable, Any], key: Hashable) -> tuple[torch.Tensor, float, Any]:
+        """Classes (1, *S), the sum of the probabilities of those that are not background, and the file's meta data."""
         probabilities = item[key]
         best: torch.Tensor | None = None
         for number in range(probabilities.shape[0]):
@@ -75,10 +74,10 @@ class InvertedClassesd(MapTransform):
             best = torch.where(larger, share, best)
             classes[larger] = number
         assert best is not None
-        return classes, best, meta
+        return classes, float(best.where(classes > 0, 0.0).sum(dtype=torch.float64)), meta
 
     @staticmethod
-    def _in_slabs(probabilities: Any, image: MetaTensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _in_slabs(probabilities: Any, image: MetaTensor) -> tuple[torch.Tensor, float, Any]:
         """The same for a chain that only turned and resampled: linear interpolation at each voxel of the file.
 
         Between the first and the last voxel's centre of the network's grid; beyond them the nearest counts.
@@ -95,15 +94,13 @@ class InvertedClassesd(MapTransform):
         steps = [torch.arange(size, dtype=torch.float64)[:, None] * matrix[:, axis] for axis, size in enumerate(shape)]
         plane = steps[1][:, None] + steps[2][None]
         classes = torch.empty(1, *shape, dtype=torch.uint8)
-        best = torch.empty(1, *shape)
+        total = 0.0
         thick = max(1, SLAB_VALUES // (plane.shape[0] * plane.shape[1] * (source.shape[1] + 3)))
         for start in range(0, shape[0], thick):
             grid = (steps[0][start : start + thick, None, None] + plane + shift).flip(-1).to(source)
             slab = F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
             share, number = slab.max(0)
-            classes[0, start : start + thick], best[0, start : start + thick] = (
-                number.cpu().to(torch.uint8),
-                share.cpu(),
-            )
+            classes[0, start : start + thick] = number.to(torch.uint8)
+            total += float(share.where(number > 0, 0.0).sum(dtype=torch.float64))
         meta = {**image.meta, "affine": stored}
-        return classes, best, meta
+        return classes, total, meta

@@ -62,8 +62,10 @@ def compare_with_card(card: Mapping[str, Any], settings: Mapping[str, Any]) -> l
 
 
 def _plain(value: Any) -> Any:
-    """A spacing of -1 along each axis is none."""
-    return None if isinstance(value, Sequence) and all(one == -1 for one in value) else value
+    """As JSON has it; a spacing of -1 along each axis is none."""
+    if not isinstance(value, list | tuple):
+        return value
+    return None if all(one == -1 for one in value) else list(value)
 
 
 def grid_of(shape: Sequence[int], affine: Any) -> dict[str, list[float]]:

@@ -14,6 +14,8 @@ from medconstraints.volumes.files import volume_stem
 
 __all__ = ["facts_path", "mask_facts"]
 
+MOST_VOXELS = 1 << 26  # of a bounding box in which pieces are counted: more would take a minute
+
 
 def facts_path(mask: Path) -> Path:
     """Where the facts of a mask stand: beside it, as JSON.
@@ -31,8 +33,9 @@ def mask_facts(
     """For each class, by its name, what JSON can hold.
 
     Keys: "value" in the mask, "voxels" and "ml"; and where there are any, "centroid_mm" in RAS, "start" and "stop" of
-    the bounding box in voxels, half-open, "pieces" that touch nowhere (not even at a corner), and "at_border": whether
-    the first or last slice along an axis of more than one is reached, so that a part may lie outside the image.
+    the bounding box in voxels, half-open, "pieces" that touch nowhere (not even at a corner; not told of very large
+    boxes), and "at_border": whether the first or last slice along an axis of more than one is reached, so that a part
+    may lie outside the image.
 
     Args:
         mask: class numbers (X, Y, Z), 0 is the background.
@@ -74,6 +77,6 @@ def _of_part(mask: npt.NDArray[Any], value: int, box: tuple[slice, ...], affine:
         "centroid_mm": centroid.round(3).tolist(),
         "start": starts,
         "stop": stops,
-        "pieces": int(ndimage.label(inside, np.ones((3, 3, 3)))[1]),
+        **({"pieces": int(ndimage.label(inside, np.ones((3, 3, 3)))[1])} if inside.size <= MOST_VOXELS else {}),
         "at_border": any(reached),
     }

@@ -20,6 +20,7 @@ from nibabel import orientations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medconstraints.boxes import label_to_boxes, write_boxes
+from medconstraints.data.weights_card import read_card
 from medconstraints.synthetic import make_phantom
 
 SHAPE = (24, 24, 16)
@@ -426,7 +427,7 @@ def codes(image):
 
 @pytest.mark.parametrize("spacing_mm", [[-1, -1, -1], [1.5, 1.5, 1.5]])
 def test_masks_have_the_geometry_of_their_input(infer, volumes, spacing_mm):
-    masks = infer(volumes, spacing_mm=spacing_mm)
+    masks = infer(volumes, spacing_mm=spacing_mm, as_trained=False)
     stems = [f"{code}_seg" for code in ("RAS", "LPS", "PSR")]
     assert written(masks) == {*REPORTS, *(f"{stem}{ending}" for stem in stems for ending in (".nii.gz", ".json"))}
     in_ras = []
@@ -586,9 +587,17 @@ def test_a_fourth_axis_of_length_one_and_header_codes(infer, volumes, tmp_path):
 )
 def test_weights_that_do_not_fit_give_no_masks(infer, volumes, trained, tmp_path, weights, more, expected):
     with pytest.raises(RuntimeError, match="evaluator") as caught:
-        infer(volumes, ckpt_path=trained / weights, **more)
+        infer(volumes, ckpt_path=trained / weights, as_trained=False, **more)
     assert re.search(expected, chain(caught.value))
     assert not written(tmp_path / "masks")
+
+
+def test_what_contradicts_the_weights_is_refused_with_what_to_write(infer, trained, volumes, tmp_path):
+    with pytest.raises(RuntimeError, match="Failed to") as caught:
+        infer(volumes, patch_size=[16, 16, 16], num_classes=3)
+    assert "num_classes is 3, but the weights were trained with 2: write --num_classes" in chain(caught.value)
+    assert "patch_size is [16, 16, 16]" in chain(caught.value) and not written(tmp_path / "masks")
+    assert read_card(trained / "model.pt")["cohort"]["volumes"] > 0
 
 
 # Training: bad input

@@ -618,7 +618,8 @@ def test_masks_that_follow_the_image(bundle, run_bundle, two_class_cohort, tmp_p
     for dense_crf in (False, True):
         folder = tmp_path / str(dense_crf)
         options = {"dataset_dir": two_class_cohort, "output_dir": folder, "dense_crf": dense_crf}
-        run_bundle(bundle, "inference", device="$torch.device('cpu')", patch_size=[24, 24, 16], **options)
+        options |= {"patch_size": [24, 24, 16], "as_trained": False}
+        run_bundle(bundle, "inference", device="$torch.device('cpu')", **options)
         masks.append([nib.load(path).get_fdata() for path in sorted(folder.glob("*.nii.gz"))])
     assert len(masks[0]) == len(masks[1]) == 2
     assert all((one != other).any() for one, other in zip(*masks, strict=True))
