@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -15,7 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from medconstraints.boxes.files import BoxFileError
 from medconstraints.data.datalist_sections import load_datalist, read_datalist
@@ -81,7 +81,7 @@ def _look(
     image = entry["image"]
     name = Path(image[0] if isinstance(image, list) else image).name
     row: dict[str, Any] = {"section": section, "name": name, "faults": []}
-    item: dict[str, Any] = {}
+    item: dict[Hashable, Any] = {}
     for key in (key for key in ("image", "label") if key in entry):
         load = LoadVolumed(key, spatial_dims=spatial_dims, allow_channels=allow_channels and key == "image")
         try:
