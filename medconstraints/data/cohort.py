@@ -68,6 +68,9 @@ def inference_items(source: str | PathLike[str], **options: Any) -> Sequence[dic
 def in_order(steps: TransformSteps | None) -> list[Callable[..., Any]]:
     """Transforms of named steps, one after the other.
 
+    Raises:
+        ValueError: a deformation that leaves no trace moves a distance map after it was made.
+
     Example:
         >>> len(in_order({"reading": [abs, abs], "flips": [], "noise": abs}))
         3
@@ -75,8 +78,32 @@ def in_order(steps: TransformSteps | None) -> list[Callable[..., Any]]:
     if steps is None:
         return []
     if isinstance(steps, Mapping):
-        return [transform for step in steps.values() for transform in in_order(step)]
-    return list(steps) if isinstance(steps, Sequence) else [steps]
+        chain = [transform for step in steps.values() for transform in in_order(step)]
+    else:
+        chain = list(steps) if isinstance(steps, Sequence) else [steps]
+    _refuse_untraced(chain)
+    return chain
+
+
+def _refuse_untraced(chain: Sequence[Callable[..., Any]]) -> None:
+    """A map that was deformed tells no distances, and nothing in its meta data says so afterwards."""
+    maps: set[Any] = set()
+    for transform in chain:
+        keys = {*getattr(transform, "keys", ())}
+        if type(transform).__name__ in UNTRACED and maps & keys:
+            raise ValueError(
+                f"{type(transform).__name__}: moves {sorted(maps & keys)} after the distance map was made, and leaves "
+                "no trace by which that could be noticed; put it before SignedDistanceMapd."
+            )
+        if (map_key := getattr(transform, "map_key", None)) is not None:
+            maps |= {map_key, *keys}
+
+
+# Spatial transforms of MONAI that change no affine.
+UNTRACED = frozenset(
+    {"GridDistortiond", "Rand2DElasticd", "Rand3DElasticd", "RandGridDistortiond", "RandSimulateLowResolutiond"}
+    | {"RandSmoothDeformd", "Transposed"}
+)
 
 
 class ItemDataset(CacheDataset):

@@ -54,7 +54,8 @@ def _steps(made: Any, now: Any) -> tuple[np.ndarray, np.ndarray]:
 def check_not_resampled(distance_map: Tensor, name: str) -> None:
     """Look at the affines of a map, or of a batch of maps; a tensor without meta data passes.
 
-    Elastic deformations leave no trace in MONAI's meta data and are not noticed.
+    Elastic deformations leave no trace in MONAI's meta data and are not noticed; the chain of a bundle refuses
+    them, see `medconstraints.data.in_order`.
 
     Raises:
         ValueError: the voxels of a map are no longer those it was made on. The message says what to do.

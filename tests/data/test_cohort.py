@@ -5,9 +5,17 @@ import time
 
 import pytest
 import torch
-from monai.transforms import CopyItemsd, Lambdad
+from monai.transforms import (
+    CopyItemsd,
+    Lambdad,
+    Rand3DElasticd,
+    RandGridDistortiond,
+    RandSimulateLowResolutiond,
+    Transposed,
+)
 
-from medconstraints.data import CohortDataset, SliceDataset
+from medconstraints.data import CohortDataset, SliceDataset, in_order
+from medconstraints.transforms import SignedDistanceMapd
 
 
 @pytest.fixture
@@ -48,3 +56,21 @@ def test_no_thread_works_on_after_a_failure(datalist):
     with pytest.raises(RuntimeError):
         CohortDataset(datalist, "training", Lambdad("image", load), num_workers=2)
     assert len(started) == len(ended) + 1 < 6  # the others were not begun
+
+
+DEFORMATIONS = {
+    "elastic": lambda keys: Rand3DElasticd(keys, sigma_range=(5, 7), magnitude_range=(1, 2), prob=1),
+    "grid": lambda keys: RandGridDistortiond(keys, prob=1),
+    "axes": lambda keys: Transposed(keys, indices=(0, 2, 1, 3)),
+    "resolution": lambda keys: RandSimulateLowResolutiond(keys, prob=1),
+}
+
+
+@pytest.mark.parametrize("make", DEFORMATIONS.values(), ids=DEFORMATIONS)
+def test_a_map_is_not_deformed_without_a_trace(make):
+    distances = SignedDistanceMapd(num_classes=2)
+    for keys in (["image", "distance_map"], ["image", "label"]):
+        with pytest.raises(ValueError, match=r"after the distance map was made, and leaves no trace"):
+            in_order({"maps": distances, "flips": [abs], "deformation": {"inner": [make(keys)]}})
+        in_order([make(keys), distances])
+    in_order([distances, make(["image"])])  # only the image
