@@ -884,6 +884,7 @@ def all_tables() -> dict[str, dict[str, str]]:
         "volumes": scores(VOLUMES),
     }
     tables["bundles/box_prior/docs/README.md"]["deepcut"] = deepcut()
+    tables["bundles/size_constraint/docs/README.md"]["partial_crf"] = partial_crf()
     tables["bundles/lookahead_adversarial/docs/README.md"] = {"lookahead": lookahead()}
     tables["bundles/curriculum_size/docs/README.md"] = {
         "curriculum": curriculum(),
