@@ -28,6 +28,7 @@ from medconstraints.transforms.inverted_classes import InvertedClassesd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.learned_augment import LearnedAugmentd
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.load_points import LoadPointsd
 from medconstraints.transforms.load_volume import LoadVolumed
 from medconstraints.transforms.patches import intensity_transforms, patch_transforms
 from medconstraints.transforms.random_ops import RandAugmentd, TrivialAugmentd
@@ -56,6 +57,7 @@ __all__ = [
     "LabelToBoxesd",
     "LearnedAugmentd",
     "LoadBoxesd",
+    "LoadPointsd",
     "LoadVolumed",
     "Points",
     "PredictedBoundsd",

@@ -34,6 +34,7 @@ from medconstraints.transforms.dense_crf import DenseCRFd
 from medconstraints.transforms.inverted_classes import InvertedClassesd
 from medconstraints.transforms.item_bounds import ItemToBoundsd
 from medconstraints.transforms.load_boxes import LoadBoxesd
+from medconstraints.transforms.load_points import LoadPointsd
 from medconstraints.transforms.load_volume import LoadVolumed
 from medconstraints.transforms.save_mask import SaveMaskd
 from medconstraints.transforms.weak_label_rules import Erosion, Points, Scribble
@@ -190,29 +191,39 @@ def weak_label_transforms(
     background: bool = False,
     unlabelled: int = 4,
     num_classes: int | None = None,
+    classes: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Chain:
     """Where weak labels come from; they are written to "weak_label", -1 where nothing is annotated.
 
     Args:
         source: "points" or "erosion", made from the label; "scribble", the strokes in the item's file of that key;
-            "label", the whole label, for full supervision.
-        radius_voxels: of `Points`.
+            "point_files", 3D Slicer's point list in the item's file "points"; "label", the whole label, for full
+            supervision.
+        radius_voxels: of `Points` and `LoadPointsd`.
         kernel_voxels: of `Erosion`.
         slice_axis: of `Points` and `Erosion`.
         background: of `Points` and `Scribble`.
         unlabelled: of `Scribble`.
-        num_classes: of `Scribble`: strokes of other classes are refused.
+        num_classes: of `Scribble` and `LoadPointsd`: other classes are refused.
+        classes: of `LoadPointsd`.
         seed: of `Points`.
     """
-    if checks.choice("source", source, ("points", "erosion", "scribble", "label")) == "label":
+    if checks.choice("source", source, ("points", "erosion", "scribble", "point_files", "label")) == "label":
         return [CopyItemsd("label", names="weak_label")]
+    if source == "point_files":
+        load = LoadPointsd("points", radius_voxels=radius_voxels, classes=classes, num_classes=num_classes)
+        return [load, WeakLabeld("points", rule=_as_it_is)]
     if source == "scribble":
         rule = Scribble(unlabelled=unlabelled, background=background, num_classes=num_classes)
         return [WeakLabeld("scribble", rule=rule)]
     if source == "erosion":
         return [WeakLabeld("label", rule=Erosion(kernel_voxels, slice_axis))]
     return [WeakLabeld("label", rule=Points(radius_voxels, slice_axis, background, seed))]
+
+
+def _as_it_is(annotated: Any, ignore_index: int) -> np.ndarray:
+    return checks.label_array(annotated, ignore_index=ignore_index)
 
 
 def bounds_transforms(

@@ -5,6 +5,7 @@ from medconstraints.boxes.files import BoxFault, BoxFileError, read_boxes, write
 from medconstraints.boxes.filling import fit_filling
 from medconstraints.boxes.from_label import label_to_boxes, loosened_boxes
 from medconstraints.boxes.grid import map_boxes
+from medconstraints.boxes.points import read_points
 
 __all__ = [
     "BoxFault",
@@ -16,5 +17,6 @@ __all__ = [
     "loosened_boxes",
     "map_boxes",
     "read_boxes",
+    "read_points",
     "write_boxes",
 ]

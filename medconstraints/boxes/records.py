@@ -14,7 +14,7 @@ from typing import Any
 from medconstraints.boxes.fields import CLASSES, Refusal, fit_schema, system_key
 from medconstraints.boxes.slicer import SLICER_SCHEMA
 
-__all__ = ["FORMATS", "Record", "read_records", "read_text"]
+__all__ = ["FORMATS", "Record", "read_records", "read_text", "table_comments"]
 
 FORMATS = ("json", "csv", "slicer")
 EXTENSIONS = {".csv": "csv", ".mrk.json": "slicer", ".json": "json"}  # the first that fits
@@ -83,7 +83,7 @@ def _with_system(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"coordinate_system" if system_key(str(key)) else key: value for key, value in fields.items()}
 
 
-def _comments(lines: Sequence[str]) -> tuple[int, str, str]:
+def table_comments(lines: Sequence[str]) -> tuple[int, str, str]:
     """How many lines come before the table, the coordinate system that they tell, and the separator."""
     system, delimiter, count = "voxel", "", 0
     for line in lines:
@@ -105,7 +105,7 @@ def _comments(lines: Sequence[str]) -> tuple[int, str, str]:
 
 def _csv_records(text: str, ndim: int, image: str | None) -> list[Record]:
     lines = text.splitlines()
-    comments, system, delimiter = _comments(lines)
+    comments, system, delimiter = table_comments(lines)
     reader = csv.reader(lines[comments:], delimiter=delimiter, skipinitialspace=True)
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]

@@ -24,7 +24,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # MONAI's load_decathlon_datalist completes "image" and "label" only.
-PATH_KEYS = ("image", "label", "boxes", "scribble")
+PATH_KEYS = ("image", "label", "boxes", "points", "scribble")
 _BLOCK_BYTES = 1 << 16
 
 
