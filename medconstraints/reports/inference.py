@@ -125,8 +125,17 @@ def write_inference_page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("medconstraints.reports", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("inference.html").render(rows=shown, names=names, states=states)
+    bars = {name: _bars([row["sizes"][name] for row in shown if name in row["sizes"]]) for name in names}
+    page = environment.get_template("inference.html").render(rows=shown, names=names, states=states, bars=bars)
     return write_whole(path, lambda beside: beside.write_text(page, encoding="utf-8", errors="replace"))
+
+
+def _bars(values: Sequence[float]) -> list[tuple[float, float, int]]:
+    """Edges in ml and number of volumes of each bar of a histogram; none of fewer than three volumes."""
+    if len(values) < 3:
+        return []
+    counts, edges = np.histogram(values, min(10, len(values)))
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
 
 
 def _picture(row: Mapping[str, Any], output_dir: Path) -> str:

@@ -54,6 +54,17 @@ def test_page(tmp_path, rows):
     assert Image.open(io.BytesIO(base64.b64decode(picture))).height == 160
 
 
+def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
+    assert "<svg" not in write_inference_page(tmp_path / "one.html", rows, tmp_path / "out").read_text()
+    for number, ml in enumerate((1.0, 1.1, 9.0, 9.2)):
+        facts = {"classes": {"organ": {"value": 1, "voxels": 10, "ml": ml}}}
+        (tmp_path / "out" / f"{number}_seg.json").write_text(json.dumps(facts))
+        rows.append({"name": f"{number}.nii", "state": "done", "reason": "", "mask": f"{number}_seg.nii"})
+    page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text()
+    told = [int(count) for count in re.findall(r" ml: (\d+)</title>", page)]
+    assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist() and "0.12 to 9.2 ml" in page
+
+
 @pytest.mark.parametrize(("states", "status"), [(["done"], None), (["done", "failed"], 1), (["failed"], 2)])
 def test_exit_status(tmp_path, states, status):
     rows = [{"name": f"{i}.nii", "state": state, "reason": "", "mask": ""} for i, state in enumerate(states)]

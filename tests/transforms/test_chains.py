@@ -93,7 +93,10 @@ def test_bounds_of_each_level():
 @pytest.mark.parametrize(
     ("chain", "words"),
     [
-        (lambda: weak_label_transforms("clicks"), "source: expected one of points, erosion, scribble, label, got"),
+        (
+            lambda: weak_label_transforms("clicks"),
+            "source: expected one of points, erosion, scribble, point_files, label, got",
+        ),
         (lambda: box_transforms("clicks"), "source: expected one of label, files, got 'clicks'"),
         (lambda: bounds_transforms("all", num_classes=2), "level: expected one of individual, tags, none, common, got"),
         (lambda: bounds_transforms("common", num_classes=2), "common_bounds: expected bounds, or the path"),
