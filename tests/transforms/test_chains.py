@@ -95,7 +95,7 @@ def test_bounds_of_each_level():
     [
         (
             lambda: weak_label_transforms("clicks"),
-            "source: expected one of points, erosion, scribble, point_files, label, got",
+            "source: expected one of points, erosion, scribble, point_files, label",
         ),
         (lambda: box_transforms("clicks"), "source: expected one of label, files, got 'clicks'"),
         (lambda: bounds_transforms("all", num_classes=2), "level: expected one of individual, tags, none, common, got"),
@@ -128,3 +128,58 @@ def test_images_of_classes(tmp_path, from_file):
     assert abs(float(alone.mean())) < 1e-5 and abs(float(alone.std(unbiased=False)) - 1) < 1e-4
     with pytest.raises(ValueError, match="mean, std: expected both or none"):
         class_transforms(mean=1.0)
+
+
+# What files may hold
+
+
+def stored(path, voxels, affine=None):
+    nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int32])
+@pytest.mark.parametrize("nonzero", [False, True])
+def test_large_intensities_keep_their_contrast(tmp_path, rng, kind, nonzero):
+    noise = np.round(rng.normal(0, 20, (8, 8, 8)))
+    voxels = (1e8 + noise).astype(kind)
+    if nonzero:
+        voxels[:2] = 0
+    item = Compose(reading_transforms(num_classes=2, label_key=None, nonzero=nonzero))(
+        {"image": stored(tmp_path / "a.nii", voxels)}
+    )
+    used = voxels != 0
+    expected = (noise - noise[used].mean()) / noise[used].std()
+    assert item["image"].dtype == torch.float32
+    np.testing.assert_allclose(np.asarray(item["image"])[0][used], expected[used], atol=1e-4)
+
+
+def test_nan_is_replaced_on_request(tmp_path, rng):
+    voxels = rng.random((6, 6, 6)).astype(np.float32)
+    voxels[0] = np.nan
+    path = stored(tmp_path / "a.nii", voxels)
+    with pytest.raises(RuntimeError) as caught:
+        Compose(reading_transforms(num_classes=2, label_key=None))({"image": path})
+    assert "has 36 NaN voxels" in str(caught.value.__cause__)
+    found = Compose(reading_transforms(num_classes=2, label_key=None, nan_value=0.5))({"image": path})["image"]
+    filled = np.nan_to_num(voxels, nan=0.5)
+    np.testing.assert_allclose(np.asarray(found)[0], (filled - filled.mean()) / filled.std(), atol=1e-4)
+
+
+def test_values_of_a_label_are_mapped_on_request(tmp_path, rng):
+    label = rng.choice([0, 2, 255], (6, 6, 6)).astype(np.uint8)
+    item = {"image": stored(tmp_path / "a.nii", rng.random((6, 6, 6))), "label": stored(tmp_path / "l.nii", label)}
+    found = Compose(reading_transforms(num_classes=3, label_values=[0, 255, 2]))(item)["label"]
+    np.testing.assert_array_equal(np.asarray(found)[0], np.select([label == 255, label == 2], [1, 2], 0))
+    with pytest.raises(ValueError, match="label_values: expected one value for each class"):
+        reading_transforms(num_classes=3, label_values=[0, 255, 255])
+
+
+def test_channels_on_other_grids_are_told_how_they_differ(tmp_path, rng):
+    voxels = rng.random((6, 6, 6)).astype(np.float32)
+    paths = [stored(tmp_path / "a.nii", voxels), stored(tmp_path / "b.nii", voxels, np.diag([1, 1, 1.2, 1]))]
+    with pytest.raises(RuntimeError) as caught:
+        Compose(reading_transforms(num_classes=2, label_key=None))({"image": paths})
+    assert "b.nii has another affine than a.nii: the voxel size or direction differs by up to 0.2 mm" in str(
+        caught.value.__cause__
+    )
