@@ -224,7 +224,7 @@ def start_inference(
         raise volumes.error
     if weights is not None and call is not None:
         settings = {key: _resolved(call.parser, key, value) for key, value in call.parser.config.items()}
-        if told := compare_with_card(read_card(weights), settings):
+        if told := compare_with_card(_told_by(weights), settings):
             if as_trained:
                 raise ValueError(f"{'; '.join(told)}; or --as_trained False, if that is meant.")
             logger.warning("%s", "; ".join(told))
@@ -293,11 +293,16 @@ def write_settings(
     }
     if cohort:
         content["cohort"] = cohort
-    if weights is not None and (found := read_card(weights) or read_settings(Path(weights).parent)):
+    if weights is not None and (found := _told_by(weights)):
         content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
     target = Path(folder) / SETTINGS_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _told_by(weights: str | Path) -> dict[str, Any]:
+    """What weights say of their training, or, without a card, what the training left beside them."""
+    return read_card(weights) or read_settings(Path(weights).parent) or {}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any] | None:

@@ -196,21 +196,30 @@ def test_warns_of_volumes_that_train_and_validate(config_file, tmp_path, caplog)
     assert "are in training and in validation" not in caplog.text
 
 
-def test_settings_carry_those_of_the_training(config_file, tmp_path, caplog):
+def test_settings_carry_those_of_the_training(config_file, tmp_path):
     told(config_file, tmp_path, alpha=0.75)
     weights = str(tmp_path / "run" / "model.pt")
-    config = {
-        **CONFIG,
-        "num_classes": 3,
-        "ckpt_path": weights,
-        "run": ["$data.write_settings(@output_dir, @ckpt_path)"],
-    }
+    config = {**CONFIG, "ckpt_path": weights, "run": ["$data.write_settings(@output_dir, @ckpt_path)"]}
     config_file.write_text(json.dumps(config))
     run(config_file=str(config_file), logging_file=False, output_dir=str(tmp_path / "masks"))
     found = read_settings(tmp_path / "masks")
     assert found["settings"]["alpha"] == 0.5
     assert found["training"]["settings"]["alpha"] == 0.75
-    assert "num_classes is 3, but the weights were trained with None" in caplog.text
+
+
+def test_an_inference_that_contradicts_its_training_is_refused(config_file, tmp_path):
+    told(config_file, tmp_path, patch_size=[4, 4])
+    start = "$data.start_inference([], @output_dir, @ckpt_path, as_trained=@as_trained)"
+    config = {**CONFIG, "ckpt_path": str(tmp_path / "run" / "model.pt"), "as_trained": True, "run": [start]}
+    config_file.write_text(json.dumps(config))
+    options = {"config_file": str(config_file), "logging_file": False, "output_dir": str(tmp_path / "masks")}
+    with pytest.raises(RuntimeError) as caught:
+        run(**options)
+    expected = 'patch_size is [8, 8], but the weights were trained with [4, 4]: write --patch_size "[4, 4]"'
+    assert expected in str(caught.value.__cause__) and not (tmp_path / "masks").exists()
+    (tmp_path / "masks").mkdir()
+    run(**options, as_trained=False)
+    run(**options, patch_size=[4, 4])
 
 
 def test_outside_of_a_run_there_is_nothing_to_tell(tmp_path):
