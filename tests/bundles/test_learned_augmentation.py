@@ -123,7 +123,7 @@ def test_each_baseline(baseline, bundles_root, run_bundle, parsed, classes, tmp_
     assert set(known) == set(BASELINES)
 
 
-@pytest.mark.parametrize("rules", ["centred", "paper", "none"])
+@pytest.mark.parametrize("rules", [pytest.param("centred", marks=pytest.mark.slow), "paper", "none"])
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_each_upstream(upstream, rules, bundles_root, run_bundle, classes, tmp_path):
     given = {"datalist": classes, "output_dir": tmp_path, "upstream": upstream, "rules": rules, **CLASSIFICATION}

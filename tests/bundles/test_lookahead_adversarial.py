@@ -76,6 +76,7 @@ def test_a_search_its_control_and_an_exact_resume(bundle, run_bundle, cohort, st
     assert (tmp_path / "whole/cycles.png").stat().st_size > 1000 and not (tmp_path / "whole/model.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlays", [["alternating"], ["hybrid"], ["alternating", "hybrid"], ["published"]])
 def test_what_it_is_compared_with(overlays, bundle, run_bundle, cohort, start, tmp_path):
     given = {"datalist": cohort, "start_checkpoint": start, "output_dir": tmp_path, **SEARCH, "epochs": 4}

@@ -438,7 +438,7 @@ def test_no_object_in_any_training_label(train, two_class_cohort, copy_cohort, m
         ),
         ({"size_source": "report"}, r"source: expected one of label, items, got 'report'"),
         ({"size_source": "items"}, r"size_ml: expected sizes in ml under this key or 'size_bounds_ml', got .*'image'"),
-        ({"weak_source": "clicks"}, r"source: expected one of points, erosion, scribble, label, got 'clicks'"),
+        ({"weak_source": "clicks"}, r"source: expected one of points, .*, point_files, label, got 'clicks'"),
         ({"weak_source": "scribble"}, r"ValueError: .*\.nii\.gz: its entry of the datalist has no 'scribble', only .*"),
         ({"fully_labelled": 5}, r"fully_labelled: expected an integer 0\.\.4, the number of patients, got 5"),
         ({"fully_labelled": -1}, r"fully_labelled: expected an integer 0\.\.4, the number of patients, got -1"),

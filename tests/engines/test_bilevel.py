@@ -127,6 +127,7 @@ def test_the_network_is_trained_as_by_an_ordinary_loop(make_trainer, unroll):
     torch.testing.assert_close(trainer.network.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_known_shift_is_found(make_trainer):
     # The guide images are brighter by 2; an augmenter that adds 2 makes the training images like them.
     guide = [{**item, "image": item["image"] + 2.0} for item in items(seed=1)]

@@ -236,6 +236,7 @@ def alphas(trainer):
     return torch.stack([cell.alpha for _, cell in trainer.gan.cells()]).detach()
 
 
+@pytest.mark.slow
 def test_alpha_moves_and_follows_the_guide_labels(make_trainer):
     found = []
     for shuffled in (False, True):

@@ -123,6 +123,7 @@ def test_without_an_accepted_peak_the_start_comes_back_bit_by_bit(make_trainer, 
     assert events == ["start", "", "", "end", "", "", "end"]
 
 
+@pytest.mark.slow
 def test_the_discriminator_is_frozen_within_a_cycle_and_learns_between(make_trainer):
     seen = []
     trainer = make_trainer(search={"beta_upper": 0.9, "beta_lower": 0.9})
@@ -181,6 +182,7 @@ def test_a_peak_of_the_holdout_alone_is_not_accepted(make_trainer, trained):
     assert same(trainer.models.best("adversary"), trained.state_dict())
 
 
+@pytest.mark.slow
 def test_the_control_takes_as_many_evaluations_with_updates_of_the_same_length(make_trainer, trained):
     trainer = make_trainer(noise=True, max_epochs=40, search={"beta_upper": 0.9, "beta_lower": 0.9})
     lengths, starts = [], {}
@@ -204,7 +206,7 @@ def test_the_control_takes_as_many_evaluations_with_updates_of_the_same_length(m
     assert same(trainer.models.weights["noise"]["g0"]["network"], trained.state_dict())
 
 
-@pytest.mark.parametrize("stop", [1, 4, 9])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_killed_search_goes_on_with_the_same_numbers(make_trainer, tmp_path, stop):
     """In the first cycle, in a later one, and in the control."""
 
@@ -241,6 +243,7 @@ def test_a_killed_search_goes_on_with_the_same_numbers(make_trainer, tmp_path, s
     assert not (tmp_path / "cut/model.pt").exists()
 
 
+@pytest.mark.slow
 def test_alternating_training_falls_where_lookahead_stays(make_trainer):
     options = {"lr": 0.05, "max_epochs": 25, "eval_every": 4}
     plain = make_trainer(alternating=True, **options)
@@ -252,6 +255,7 @@ def test_alternating_training_falls_where_lookahead_stays(make_trainer):
     assert last < 0.5 < first <= careful.models.searches["adversary"].start_score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"maps": "soft", "temperature": 20.0, "saturating": True}, {"loss_weight": 0.5}])
 def test_the_papers_maps_and_the_hybrid_loss(make_trainer, options):
     trainer = make_trainer(
@@ -320,6 +324,7 @@ def test_a_discriminator_that_tells_all_apart_is_reported_and_training_goes_on(m
     assert trainer.models.accuracy == 1 and trainer.models.holdout_accuracy == 1 and trainer.state.epoch == 3
 
 
+@pytest.mark.slow
 def test_a_discriminator_that_gets_no_better_on_the_hold_out_is_stopped_and_its_best_weights_come_back(make_trainer):
     trainer = make_trainer(discriminator_steps=400, discriminator_accuracy=1.0, discriminator_patience=2)
     accuracies, seen = iter([0.6, 0.7, 0.7, 0.65, 0.9]), []

@@ -72,6 +72,7 @@ def rows_of(folder):
     return json.loads((folder / "predictions.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_learns_sizes(datalist, tmp_path):
     stage = stage_of(datalist, tmp_path, epochs=8)
     stage.run()

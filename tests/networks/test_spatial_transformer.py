@@ -17,6 +17,7 @@ def test_starts_at_the_identity_with_a_gradient_for_every_value(dims):
     assert (network.looking[-1].bias.grad != 0).all()
 
 
+@pytest.mark.slow
 def test_learns_to_move_an_object_to_the_centre():
     torch.manual_seed(0)
     image = torch.zeros(4, 1, 16, 16)
