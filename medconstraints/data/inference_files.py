@@ -11,6 +11,7 @@ from typing import Any
 from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
+from medconstraints.volumes.facts import facts_path
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
@@ -123,8 +124,8 @@ def _name_masks(items: list[dict[str, Any]], postfix: str) -> None:
         if used[item["mask"]] > 1:
             same = [other["name"] for other in volumes if other["mask"] == item["mask"]]
             item["refused"] = f"{' and '.join(same)} would have one mask, {item['mask']}; rename one of them"
-        elif len(os.fsencode(Path(item["mask"]).name)) > LONGEST_NAME:
-            item["refused"] = f"the name of its mask is longer than {LONGEST_NAME} bytes; give it a shorter name"
+        elif len(os.fsencode(facts_path(Path(item["mask"])).name)) > LONGEST_NAME:
+            item["refused"] = f"the names of its results are longer than {LONGEST_NAME} bytes; give it a shorter one"
 
 
 def _below(path: Path, folder: Path) -> bool:

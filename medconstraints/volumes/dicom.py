@@ -206,8 +206,8 @@ class DicomReader(ItkFileReader):
         names: Sequence[Any] = filename if isinstance(filename, list | tuple) else [filename]
         return all(Path(name).is_dir() or Path(name).suffix.lower() in DICOM_ENDINGS for name in names)
 
-    def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int]:
+    def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
         if path.is_dir():
-            return *read_series(path, self.series), 3
+            return *read_series(path, self.series), 3, ""
         _require_grey(path, read_itk(path))
         return super()._volume(path)

@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from medconstraints.volumes.files import volume_stem
-
 __all__ = ["facts_path", "mask_facts"]
 
 MOST_VOXELS = 1 << 26  # of a bounding box in which pieces are counted: more would take a minute
@@ -22,9 +20,9 @@ def facts_path(mask: Path) -> Path:
 
     Example:
         >>> facts_path(Path("masks/knee_seg.nii.gz")).name
-        'knee_seg.json'
+        'knee_seg.nii.gz.json'
     """
-    return mask.with_name(volume_stem(mask.name) + ".json")
+    return mask.with_name(f"{mask.name}.json")  # with the ending: x.nii.gz and x.nrrd have a mask each
 
 
 def mask_facts(

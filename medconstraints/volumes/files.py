@@ -55,6 +55,11 @@ def find_volumes(folder: Path) -> Iterator[tuple[Path, str]]:
     """
     for place, folders, names in os.walk(folder):
         folders.sort()
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                yield Path(place) / name, "is a link to a folder, which is not followed"
+            elif not os.access(os.path.join(place, name), os.R_OK | os.X_OK):
+                yield Path(place) / name, "is a folder that may not be read"
         here, shown = Path(place), sorted(name for name in names if not name.startswith("."))
         series = [name for name in shown if _is_slice(here / name)]
         if series:

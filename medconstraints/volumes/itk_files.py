@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ from medconstraints.volumes.errors import VolumeError
 
 __all__ = ["ITK_ENDINGS", "ItkFileReader", "itk_affine", "read_itk", "voxels_of"]
 
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+NRRD_ENDINGS = (".nrrd", ".nhdr")
+ITK_ENDINGS = (*NRRD_ENDINGS, ".mha", ".mhd")
+UNITS_MM = {"mm": 1.0, "millimeter": 1.0, "um": 1e-3, "micron": 1e-3, "cm": 10.0, "m": 1e3, "meter": 1e3}
+MM_KEY = "medconstraints_mm"  # of an image: millimetres of one unit of its file
 
 
 def itk_affine(image: Any) -> npt.NDArray[np.float64]:
     """Voxel index to RAS in millimetres, (4, 4), of a SimpleITK image of 2 or 3 axes, whose space is LPS."""
     dims = image.GetDimension()
+    scale = float(image.GetMetaData(MM_KEY)) if image.HasMetaDataKey(MM_KEY) else 1.0
     affine = np.eye(4)
     affine[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * np.asarray(image.GetSpacing())
     affine[:dims, 3] = image.GetOrigin()
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return np.diag([-scale, -scale, scale, 1.0]) @ affine
 
 
 def voxels_of(image: Any) -> npt.NDArray[Any]:
@@ -34,10 +39,10 @@ def voxels_of(image: Any) -> npt.NDArray[Any]:
 
 
 def read_itk(path: Path) -> Any:
-    """SimpleITK's image of a file.
+    """SimpleITK's image of a file; a fourth axis of one element goes, and `itk_affine` knows the unit of an NRRD file.
 
     Raises:
-        VolumeError: SimpleITK cannot read it, or it holds complex numbers.
+        VolumeError: SimpleITK cannot read it, it holds complex numbers, or its unit is not known.
     """
     try:
         image = sitk.ReadImage(str(path))
@@ -46,7 +51,25 @@ def read_itk(path: Path) -> Any:
         raise VolumeError(f"{path.name}: SimpleITK cannot read it ({reason}); export it again.") from error
     if image.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
         raise VolumeError(f"{path.name}: holds complex numbers; save their magnitude, or the part that is meant.")
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        notes = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys() if key.startswith("NRRD_space")}
+        image = sitk.Extract(image, [*image.GetSize()[:3], 0], [0] * 4)
+        for key, value in notes.items():
+            image.SetMetaData(key, value)
+    if path.name.lower().endswith(NRRD_ENDINGS):
+        image.SetMetaData(MM_KEY, str(_nrrd_mm(path)))
     return image
+
+
+def _nrrd_mm(path: Path) -> float:
+    """Millimetres of the unit that the text header of an NRRD file names; ITK does not look at it."""
+    with path.open("rb") as file:
+        header = file.read(1 << 16).split(b"\n\n")[0].replace(b"\r", b"").decode("latin-1")
+    told = re.search(r"^space units:(.*)$", header, re.M)
+    units = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', told[1])} - {"", "???"} if told else set()
+    if len(units) > 1 or not units <= {*UNITS_MM}:
+        raise VolumeError(f"{path.name}: has the space units {sorted(units)}; expected one of {', '.join(UNITS_MM)}.")
+    return UNITS_MM[units.pop()] if units else 1.0
 
 
 class ItkFileReader(ImageReader):
@@ -68,7 +91,7 @@ class ItkFileReader(ImageReader):
     def get_data(self, img: Any) -> tuple[Any, dict[str, Any]]:
         """Voxels with the axes as in the file, channels last, and the geometry."""
         shared: dict[str, Any] = {}
-        for voxels, affine, dims in img:
+        for voxels, affine, dims, notes in img:
             _copy_compatible_dict(
                 {
                     "affine": affine,
@@ -76,14 +99,16 @@ class ItkFileReader(ImageReader):
                     "spatial_shape": np.asarray(voxels.shape[:dims]),
                     "space": "RAS",
                     "original_channel_dim": -1 if voxels.ndim > dims else float("nan"),
-                    "geometry_notes": "",
+                    "geometry_notes": notes,
                     "forms_differ": False,
                 },
                 shared,
             )
-        return _stack_images([voxels for voxels, _, _ in img], shared), shared
+        return _stack_images([voxels for voxels, *_ in img], shared), shared
 
-    def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int]:
-        """Voxels (*S) or (*S, C), affine, and the number of spatial axes."""
+    def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
+        """Voxels (*S) or (*S, C), affine, the number of spatial axes, and what the header leaves open."""
         image = read_itk(path)
-        return voxels_of(image), itk_affine(image), image.GetDimension()
+        unplaced = path.name.lower().endswith(NRRD_ENDINGS) and not image.HasMetaDataKey("NRRD_space")
+        notes = "its header names no space: which side is left is not known" if unplaced else ""
+        return voxels_of(image), itk_affine(image), image.GetDimension(), notes

@@ -80,7 +80,7 @@ def affine_mm(image: Any, form: str = "best") -> npt.NDArray[np.float64]:
     affine = image.affine if form == "best" else getattr(image.header, f"get_{form}")(coded=True)[0]
     if affine is None:
         raise ValueError(f"form: {_name(image)} has no {form} (its code is 0); choose another form.")
-    unit = image.header.get_xyzt_units()[0]
+    unit = _unit(image.header)
     if unit == "unknown":
         _say_once("%s: its header names no unit; millimetres are taken, for it and all others like it", _name(image))
     scale = MM[unit]
@@ -105,7 +105,7 @@ def geometry_notes(image: Any) -> dict[str, str]:
         ]
         apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()
         if not apart <= AGREEMENT_VOXELS * np.linalg.norm(sform[:3, :3], axis=0).min():
-            scale = MM[header.get_xyzt_units()[0]]
+            scale = MM[_unit(header)]
             origins = [np.round(scale * form[:3, 3], 3).tolist() for form in (sform, qform)]
             notes["forms"] = (
                 f"its sform (origin {origins[0]} mm) and qform (origin {origins[1]} mm) place voxels up to "
@@ -158,6 +158,14 @@ class NiftiReader(NibabelReader):
         while voxels.ndim > 3 and voxels.shape[-1] == 1:
             voxels = voxels[..., 0]
         return voxels
+
+
+def _unit(header: Any) -> str:
+    """Name of the unit; a code that stands for none is as none."""
+    try:
+        return str(header.get_xyzt_units()[0])
+    except KeyError:
+        return "unknown"
 
 
 def _say_once(text: str, name: str, said: set[str] = set()) -> None:  # noqa: B006, that is what it is for

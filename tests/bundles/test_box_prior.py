@@ -429,7 +429,10 @@ def codes(image):
 def test_masks_have_the_geometry_of_their_input(infer, volumes, spacing_mm):
     masks = infer(volumes, spacing_mm=spacing_mm, as_trained=False)
     stems = [f"{code}_seg" for code in ("RAS", "LPS", "PSR")]
-    assert written(masks) == {*REPORTS, *(f"{stem}{ending}" for stem in stems for ending in (".nii.gz", ".json"))}
+    assert written(masks) == {
+        *REPORTS,
+        *(f"{stem}{ending}" for stem in stems for ending in (".nii.gz", ".nii.gz.json")),
+    }
     in_ras = []
     for path in volumes.iterdir():
         image = nib.load(path)
@@ -471,7 +474,7 @@ def test_unusual_names(infer, volumes, tmp_path, name):
     nib.save(image, folder / name)
     masks = infer(folder)
     stem = name.removesuffix(".gz").removesuffix(".nii")
-    assert written(masks) == {*REPORTS, f"{stem}_seg.nii.gz", f"{stem}_seg.json"}
+    assert written(masks) == {*REPORTS, f"{stem}_seg.nii.gz", f"{stem}_seg.nii.gz.json"}
 
 
 def test_bad_files_do_not_stop_the_others(infer, volumes, outcome, tmp_path):
@@ -549,7 +552,7 @@ def test_a_failing_volume_keeps_no_mask_that_looks_new(infer, volumes, tmp_path)
         (masks / name).write_bytes(b"old")
     with pytest.raises(SystemExit):
         infer(folder, overwrite=True)
-    names = {"LPS_seg.nii.gz", "LPS_seg.json", "PSR_seg.nii.gz", "PSR_seg.json", "RAS_seg.nii.gz.old"}
+    names = {"LPS_seg.nii.gz", "LPS_seg.nii.gz.json", "PSR_seg.nii.gz", "PSR_seg.nii.gz.json", "RAS_seg.nii.gz.old"}
     assert written(masks) == {*REPORTS, *names}
     assert nib.load(masks / "LPS_seg.nii.gz").shape == SHAPE
 

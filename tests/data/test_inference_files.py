@@ -74,9 +74,11 @@ def test_every_kind_of_file_is_a_volume_or_has_its_reason(tmp_path):
         (tmp_path / name).write_bytes(b"x" if "840" not in name else bytes(128) + b"DICM")
     (tmp_path / "loop.nii").unlink()
     (tmp_path / "loop.nii").symlink_to("loop.nii")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "series")
     found = {item["name"]: item.get("left_out", "") for item in volumes_for_inference(tmp_path)}
     expected = {name: reason for name, reason in files.items() if reason != "lies in the series"}
-    assert found == {**expected, "series": "", "numbers": ""}
+    link = {"elsewhere": "is a link to a folder, which is not followed"}
+    assert found == {**expected, **link, "series": "", "numbers": ""}
 
 
 def test_volumes_that_would_have_one_mask_fail_and_the_others_do_not(folder, tmp_path):
@@ -86,7 +88,7 @@ def test_volumes_that_would_have_one_mask_fail_and_the_others_do_not(folder, tmp
     refused = {item["name"]: item["refused"] for item in items if "refused" in item}
     reason = "a.nii and a.nii.gz would have one mask, a_seg.nii.gz; rename one of them"
     assert refused.pop("a.nii") == refused.pop("a.nii.gz") == reason
-    assert list(refused.values()) == ["the name of its mask is longer than 255 bytes; give it a shorter name"]
+    assert list(refused.values()) == ["the names of its results are longer than 255 bytes; give it a shorter one"]
 
 
 def test_masks_below_the_volumes_are_no_volumes(folder):

@@ -29,7 +29,7 @@ def rows(tmp_path, rng):
         nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, 1.0, 2.0, 1.0])), tmp_path / name)
     facts = {"value": 1, "voxels": 60, "ml": 0.12, "centroid_mm": [-5.0, 1.5, 6.0], "pieces": 3, "at_border": True}
     content = {"classes": {"organ": facts}, "notes": "odd header", "confidence": 0.61}
-    (tmp_path / "out" / "sub" / "a_seg.json").write_text(json.dumps(content))
+    (tmp_path / "out" / "sub" / "a_seg.nii.gz.json").write_text(json.dumps(content))
     done = {"name": "sub/a.nii.gz", "state": "done", "reason": "", "mask": "sub/a_seg.nii.gz", "seconds": 1.0}
     failed = {"name": EVIL, "state": "failed", "reason": "is <b>truncated</b>", "mask": "", "seconds": 0.0}
     return [{**done, "image": str(tmp_path / "a.nii.gz")}, failed]
@@ -58,7 +58,7 @@ def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
     assert "<svg" not in write_inference_page(tmp_path / "one.html", rows, tmp_path / "out").read_text()
     for number, ml in enumerate((1.0, 1.1, 9.0, 9.2)):
         facts = {"classes": {"organ": {"value": 1, "voxels": 10, "ml": ml}}}
-        (tmp_path / "out" / f"{number}_seg.json").write_text(json.dumps(facts))
+        (tmp_path / "out" / f"{number}_seg.nii.json").write_text(json.dumps(facts))
         rows.append({"name": f"{number}.nii", "state": "done", "reason": "", "mask": f"{number}_seg.nii"})
     page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text()
     told = [int(count) for count in re.findall(r" ml: (\d+)</title>", page)]

@@ -144,11 +144,11 @@ def test_transform_names_the_file(tmp_path):
     assert out == item
     saved = nib.load(tmp_path / "made" / "masks" / "a.b_organ.nii.gz")
     assert np.array_equal(np.asarray(saved.dataobj), mask_of())
-    facts = json.loads((tmp_path / "made" / "masks" / "a.b_organ.json").read_text())
+    facts = json.loads((tmp_path / "made" / "masks" / "a.b_organ.nii.gz.json").read_text())
     assert facts["notes"] == "odd" and facts["classes"]["vein"] == {"value": 5, "voxels": 0, "ml": 0.0}
     assert facts["classes"]["cyst"]["ml"] == pytest.approx((mask_of() == 1).sum() * 9 / 1000)
     SaveMaskd("pred", output_dir=tmp_path, postfix="")({**item, "mask": "sub/x.nii.gz"})
-    assert (tmp_path / "sub" / "x.nii.gz").is_file() and (tmp_path / "sub" / "x.json").is_file()
+    assert (tmp_path / "sub" / "x.nii.gz").is_file() and (tmp_path / "sub" / "x.nii.gz.json").is_file()
 
 
 @pytest.mark.parametrize(

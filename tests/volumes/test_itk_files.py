@@ -5,6 +5,7 @@ import pytest
 import SimpleITK as sitk
 
 from medconstraints.transforms import LoadVolumed, VolumeError
+from medconstraints.volumes import save_mask
 from medconstraints.volumes.itk_files import ITK_ENDINGS
 
 
@@ -46,3 +47,37 @@ def test_files_that_cannot_be_used(tmp_path, image):
     sitk.WriteImage(sitk.RealAndImaginaryToComplex(image, image), str(tmp_path / "c.nrrd"))
     with pytest.raises(VolumeError, match=r"c\.nrrd: holds complex numbers"):
         load(tmp_path / "c.nrrd")
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("um", 1e-3), ("cm", 10.0), ("mm", 1.0), ("", 1.0)])
+def test_units_of_nrrd_files(tmp_path, image, unit, scale):
+    """ITK does not look at them."""
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    expected = load(tmp_path / "a.nrrd").affine
+    head, _, voxels = (tmp_path / "a.nrrd").read_bytes().partition(b"\n\n")
+    line = b"\nspace units: " + b" ".join([f'"{unit}"'.encode()] * 3)
+    (tmp_path / "b.nrrd").write_bytes(head + line + b"\n\n" + voxels)
+    np.testing.assert_allclose(load(tmp_path / "b.nrrd").affine[:3], expected[:3] * scale, atol=1e-9)
+    (tmp_path / "c.nrrd").write_bytes(head + b'\nspace units: "ft" "ft" "ft"\n\n' + voxels)
+    with pytest.raises(VolumeError, match=r"c\.nrrd: has the space units \['ft'\]; expected one of mm"):
+        load(tmp_path / "c.nrrd")
+
+
+def test_a_header_without_a_space_is_told(tmp_path, image):
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    head, _, voxels = (tmp_path / "a.nrrd").read_bytes().partition(b"\n\n")
+    lines = [line for line in head.split(b"\n") if not line.startswith(b"space")]
+    (tmp_path / "b.nrrd").write_bytes(b"\n".join([*lines, b"spacings: 0.7 0.9 2.5"]) + b"\n\n" + voxels)
+    assert "which side is left is not known" in load(tmp_path / "b.nrrd").meta["geometry_notes"]
+    assert load(tmp_path / "a.nrrd").meta["geometry_notes"] == ""
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_a_fourth_axis_of_one_element_does_not_count(tmp_path, image, ending):
+    sitk.WriteImage(sitk.JoinSeries(image), str(tmp_path / f"a{ending}"))
+    sitk.WriteImage(image, str(tmp_path / "b.nii.gz"))
+    found, expected = load(tmp_path / f"a{ending}"), load(tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-5)
+    path = save_mask(np.ones(image.GetSize(), np.uint8), tmp_path / f"a{ending}", tmp_path / f"mask{ending}")
+    assert sitk.ReadImage(str(path)).GetSize() == image.GetSize()

@@ -41,6 +41,11 @@ def test_every_unit_becomes_millimetres(tmp_path, voxels, unit, scale):
     assert read.meta["geometry_notes"] == ""
 
 
+def test_a_unit_code_that_stands_for_none_is_as_none(tmp_path, voxels):
+    path = write(tmp_path / "a.nii", voxels, xyzt_units=7)
+    np.testing.assert_allclose(load(path).affine, AFFINE)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
