@@ -91,7 +91,7 @@ def reading_transforms(
     chain: Chain = [
         LoadVolumed("image", spatial_dims=spatial_dims, allow_channels=allow_channels, form=form, series=series),
         *([LoadVolumed(labels, spatial_dims=spatial_dims, allow_missing_keys=True, form=form)] if labels else []),
-        *([] if nan_value is None else [_Applied("image", partial(torch.nan_to_num, nan=float(nan_value)))]),
+        *([] if nan_value is None else [_Applied("image", partial(_without_nan, value=float(nan_value)))]),
         *([] if label_values is None else [_renumbered(label_key, label_values)]),
         CheckVolumesd("image", label_key, num_classes=num_classes, spatial_dims=spatial_dims),
         _Applied("image", partial(_shifted, nonzero=checks.flag("nonzero", nonzero))),
@@ -121,6 +121,10 @@ def _renumbered(label_key: str | None, values: Sequence[int]) -> MapLabelValued:
     if label_key is None or len({*values}) != len(values):
         raise ValueError(f"label_values: expected one value for each class of a label, got {list(values)}.")
     return MapLabelValued(label_key, orig_labels=values, target_labels=range(len(values)), allow_missing_keys=True)
+
+
+def _without_nan(image: Tensor, *, value: float) -> Tensor:
+    return torch.where(image.isnan(), value, image)  # infinity stays, and is refused
 
 
 def _shifted(image: Tensor, *, nonzero: bool) -> Tensor:

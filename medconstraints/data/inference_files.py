@@ -17,6 +17,7 @@ from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
 
 INFERENCE_REPORT = "inference.json"
+REPORTS = (INFERENCE_REPORT, "volumes.csv", "index.html", "settings.json")
 LONGEST_NAME = 255  # bytes, of most file systems
 
 
@@ -63,8 +64,9 @@ def volumes_for_inference(
     wanted = [item for item in items if "mask" in item and "refused" not in item]
     if output is not None:
         _check_apart(source, wanted, output)
-        names = [item["mask"] for item in wanted]
-        check_output_dir(output, [*names, INFERENCE_REPORT], overwrite=overwrite or resume)
+        masks = [item["mask"] for item in wanted]
+        facts = [facts_path(Path(mask)).as_posix() for mask in masks]
+        check_output_dir(output, [*masks, *facts, *REPORTS], overwrite=overwrite or resume)
         if resume:
             for item in wanted:
                 if (output / item["mask"]).exists():
@@ -75,9 +77,10 @@ def volumes_for_inference(
 def _listed(source: Path, section: str, output: Path | None) -> list[dict[str, Any]]:
     """Items without the names of their masks."""
     if source.is_dir():
-        items = []
+        items: list[dict[str, Any]] = []
+        within = output is not None and source.resolve() in output.resolve().parents
         for path, reason in find_volumes(source):
-            if output is not None and source.resolve() != output.resolve() and _below(path, output):
+            if within and Path(os.path.realpath(path)).is_relative_to(output.resolve()):  # type: ignore[union-attr]
                 continue  # results of a former run
             name = path.relative_to(source).as_posix() if path != source else source.resolve().name
             items.append({"image": str(path), "name": name, **({"left_out": reason} if reason else {})})
@@ -128,10 +131,6 @@ def _name_masks(items: list[dict[str, Any]], postfix: str) -> None:
             item["refused"] = f"the names of its results are longer than {LONGEST_NAME} bytes; give it a shorter one"
 
 
-def _below(path: Path, folder: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(folder.resolve())
-
-
 def _check_apart(source: Path, items: list[dict[str, Any]], output_dir: Path) -> None:
     """Masks must not land among the inputs: the next run would take them for volumes, or replace a volume."""
     folder = output_dir.resolve()
@@ -140,13 +139,13 @@ def _check_apart(source: Path, items: list[dict[str, Any]], output_dir: Path) ->
             f"output_dir: {output_dir} is the folder of the volumes, the masks would be taken for volumes; choose "
             "another folder."
         )
+    # realpath follows links to the files that would be lost, and does not raise on one that leads to itself.
     inputs = {
-        Path(path).resolve()
+        os.path.realpath(path)
         for item in items
         for path in (item["image"] if isinstance(item["image"], list) else [item["image"]])
-        if not Path(path).is_symlink()
     }
-    lost = [item["mask"] for item in items if (folder / item["mask"]).resolve() in inputs]
+    lost = [item["mask"] for item in items if os.path.realpath(folder / item["mask"]) in inputs]
     if lost:
         raise ValueError(
             f"output_dir: the mask {lost[0]} would replace a volume of that name in {output_dir}; choose another "

@@ -51,7 +51,7 @@ def is_volume(path: Path) -> bool:
 def find_volumes(folder: Path) -> Iterator[tuple[Path, str]]:
     """Every file below a folder, by name, with the reason why it is no volume to segment, or "" for one that is.
 
-    A folder with DICOM files is one volume, and its other files are none. Links to folders are not followed.
+    A folder with DICOM files is one volume, whatever other volumes lie in it. Links to folders are not followed.
     """
     for place, folders, names in os.walk(folder):
         folders.sort()
@@ -83,7 +83,7 @@ def _is_slice(path: Path) -> bool:
 def _left_out(path: Path, present: set[str], *, in_series: bool) -> str:
     name = path.name.lower()
     stem = volume_stem(name)
-    if in_series:
+    if in_series and not name.endswith(VOLUME_ENDINGS):
         return "lies in the folder of a DICOM series"
     if name.endswith(".hdr") and f"{stem}.img" in present:
         return "is the header of the .img file"

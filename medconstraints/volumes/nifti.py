@@ -71,15 +71,15 @@ def affine_mm(image: Any, form: str = "best") -> npt.NDArray[np.float64]:
 
     Args:
         image: see `load_nifti`.
-        form: "sform" or "qform"; "best" is the sform where it has a code, else the qform, else the voxel sizes.
+        form: "sform" or "qform", for headers that have both; "best", and where the form has no code, is the sform where
+            it has one, else the qform, else the voxel sizes.
 
     Raises:
-        ValueError: the form has no code in the header, or is unknown.
+        ValueError: the form is unknown.
     """
     checks.choice("form", form, FORMS)
-    affine = image.affine if form == "best" else getattr(image.header, f"get_{form}")(coded=True)[0]
-    if affine is None:
-        raise ValueError(f"form: {_name(image)} has no {form} (its code is 0); choose another form.")
+    affine = None if form == "best" else getattr(image.header, f"get_{form}")(coded=True)[0]
+    affine = image.affine if affine is None else affine
     unit = _unit(image.header)
     if unit == "unknown":
         _say_once("%s: its header names no unit; millimetres are taken, for it and all others like it", _name(image))

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from medconstraints.data import check_output_dir, check_run_dir, mask_path, volumes_for_inference
+from medconstraints.volumes.facts import facts_path
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def test_every_kind_of_file_is_a_volume_or_has_its_reason(tmp_path):
         "loop.nii": "",
         "series/1.dcm": "lies in the series",
         "series/README": "lies in the folder of a DICOM series",
+        "series/beside.nii": "",
         "numbers/1.2.840": "lies in the series",
     }
     for name in files:
@@ -97,6 +99,40 @@ def test_masks_below_the_volumes_are_no_volumes(folder):
     assert "masks/a_seg.nii.gz" in names(volumes_for_inference(folder))
     items = volumes_for_inference(folder, output_dir=folder / "masks", overwrite=True)
     assert names(items) == ["a.nii", "b.nii.gz", "c.1.nii.gz", "mask.nrrd", "sub/d.nii.gz"]
+
+
+def test_a_mask_must_not_replace_what_a_link_points_to(folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.nii.gz").symlink_to(folder / "b.nii.gz")
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match=r"the mask b\.nii\.gz would replace a volume"):
+            volumes_for_inference(tmp_path / "links", output_dir=folder, postfix="", **options)
+
+
+def test_output_above_the_volumes_and_a_source_that_is_a_link(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    expected = ["a.nii", "b.nii.gz", "c.1.nii.gz", "mask.nrrd", "sub/d.nii.gz"]
+    assert names(volumes_for_inference(folder, output_dir=tmp_path)) == expected
+    for _ in range(2):  # the second time with the results of the first
+        items = volumes_for_inference(tmp_path / "link", output_dir=tmp_path / "link" / "out", overwrite=True)
+        assert names(items) == expected
+        (folder / "out" / "a_seg.nii.gz").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("name", ["volumes.csv", "index.html", "settings.json", "a_seg.nii.gz.json"])
+def test_no_report_replaces_a_file_unasked(folder, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"work")
+    with pytest.raises(FileExistsError, match=f"such as {name}"):
+        volumes_for_inference(folder, output_dir=tmp_path / "out")
+
+
+def test_facts_of_two_formats_of_one_name_are_two(folder, tmp_path):
+    (folder / "a.nrrd").write_bytes(b"x")
+    items = volumes_for_inference(folder, output_dir=tmp_path / "out")
+    masks = {item["name"]: item["mask"] for item in items if "mask" in item and "refused" not in item}
+    assert (masks["a.nii"], masks["a.nrrd"]) == ("a_seg.nii.gz", "a_seg.nrrd")
+    assert facts_path(tmp_path / masks["a.nii"]) != facts_path(tmp_path / masks["a.nrrd"])
 
 
 def test_going_on_keeps_what_is_there(folder, tmp_path):
@@ -198,7 +234,7 @@ def test_existing_masks_are_kept(folder, tmp_path):
     for name in [*present, "d_seg.nii.gz", "b_other.nii.gz"]:
         (masks / name).write_bytes(b"work")
     before = tree(tmp_path)
-    message = rf"output_dir: {len(present)} of 6 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
+    message = rf"output_dir: {len(present)} of 14 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
     with pytest.raises(FileExistsError, match=message):
         volumes_for_inference(folder, output_dir=masks)
     assert tree(tmp_path) == before

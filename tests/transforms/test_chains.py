@@ -163,6 +163,10 @@ def test_nan_is_replaced_on_request(tmp_path, rng):
     assert "has 36 NaN voxels" in str(caught.value.__cause__)
     found = Compose(reading_transforms(num_classes=2, label_key=None, nan_value=0.5))({"image": path})["image"]
     filled = np.nan_to_num(voxels, nan=0.5)
+    path = stored(tmp_path / "b.nii", np.where(np.isnan(voxels), np.inf, voxels))
+    with pytest.raises(RuntimeError) as caught:
+        Compose(reading_transforms(num_classes=2, label_key=None, nan_value=0.5))({"image": path})
+    assert "has 36 infinite voxels" in str(caught.value.__cause__)
     np.testing.assert_allclose(np.asarray(found)[0], (filled - filled.mean()) / filled.std(), atol=1e-4)
 
 
