@@ -49,7 +49,8 @@ class InvertedClassesd(MapTransform):
         for key in self.key_iterator(item):
             image = item[self.image_key]
             operations = {operation["class"] for operation in getattr(image, "applied_operations", [])}
-            if "SpatialResample" in operations and operations <= {"SpatialResample", "Orientation"}:
+            turned = operations <= {"SpatialResample", "Orientation"}
+            if image.ndim == 4 and turned and "SpatialResample" in operations:
                 classes, total, meta = self._in_slabs(item[key], image)
             else:
                 classes, total, meta = self._class_by_class(item, key)

@@ -19,8 +19,8 @@ from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform
 from monai.utils import OptionalImportError, convert_to_dst_type
 
 from medconstraints import checks
-from medconstraints.volumes import DicomReader, ItkFileReader, NiftiReader, VolumeError, affine_mm, load_nifti
-from medconstraints.volumes.grids import grid_difference
+from medconstraints.volumes import VolumeError, load_nifti
+from medconstraints.volumes.files import readers
 
 __all__ = ["LoadVolumed"]
 
@@ -42,7 +42,8 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: keys of the paths.
-        reader: name, class or instance of MONAI's reader, or a list; None chooses by file extension.
+        reader: name, class or instance of MONAI's reader, or a list, which take affines as the file has them; None
+            chooses by file extension.
         dtype: of the loaded array; None keeps the file's. With float32 an image beyond 2^24 in magnitude becomes
             float64: its contrast would be lost.
         ensure_channel_first: move the channels to the front, or add a channel axis.
@@ -75,7 +76,7 @@ class LoadVolumed(MapTransform):
         self.dtype = dtype
         self.loader = LoadImage(reader=reader, image_only=True, dtype=None, ensure_channel_first=False)
         if reader is None:
-            for own in (NiftiReader(form), ItkFileReader(), DicomReader(series)):
+            for own in readers(form, series):
                 self.loader.register(own)
         self.to_channel_first = EnsureChannelFirst() if ensure_channel_first else None
         self.spatial_dims = checks.choice("spatial_dims", spatial_dims, (2, 3))
@@ -107,13 +108,9 @@ class LoadVolumed(MapTransform):
         except VolumeError:
             raise
         except Exception as error:
-            hint = "save it again, or give another reader"
-            if len(paths) > 1:
-                hint = _unlike(paths) or "check that the files have one shape"
+            hint = "check that the files have one shape" if len(paths) > 1 else "save it again, or give another reader"
             raise VolumeError(f"{name}: cannot be read ({_first_line(error)}); {hint}.") from error
         self._check_axes(name, image, len(paths))
-        if len(paths) > 1 and (apart := _unlike(paths)):
-            raise VolumeError(f"{name}: {apart}.")
         if notes := image.meta.get("geometry_notes") if isinstance(image, MetaTensor) else "":
             logger.warning("%s: %s", name, notes)
         image = self._cast(image)
@@ -186,19 +183,6 @@ def _needed(paths: Sequence[Path]) -> str:
     nifti = [load_nifti(path) for path in paths if path.name.lower().endswith((".nii", ".nii.gz"))]
     total = sum(8 * math.prod(image.shape) for image in nifti)
     return f"its voxels take {total / 1e9:.3g} GB as they are read." if total else "use a computer with more."
-
-
-def _unlike(paths: Sequence[Path]) -> str:
-    """How the grids of the channels of one image differ, as far as they are NIfTI files."""
-    if not all(path.name.lower().endswith((".nii", ".nii.gz")) for path in paths):
-        return ""
-    first, *rest = (load_nifti(path) for path in paths)
-    for path, image in zip(paths[1:], rest, strict=True):
-        if image.shape != first.shape:
-            return f"{path.name} has the shape {image.shape}, {paths[0].name} {first.shape}; resample them to one grid"
-        if apart := grid_difference(affine_mm(image), affine_mm(first)):
-            return f"{path.name} has another affine than {paths[0].name}: {apart}; resample them to one grid"
-    return ""
 
 
 def _unpacked_size(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medconstraints.data.output_folders import mask_path
-from medconstraints.data.weights_card import grid_of
 from medconstraints.volumes.facts import facts_path, mask_facts
-from medconstraints.volumes.masks import save_mask, write_whole
+from medconstraints.volumes.grids import grid_of
+from medconstraints.volumes.masks import save_mask
+from medconstraints.writing import write_text
 
 __all__ = ["SaveMaskd"]
 
@@ -73,10 +73,5 @@ class SaveMaskd(MapTransform):
             if "confidence" in data:
                 content["confidence"] = data["confidence"]
             save_mask(values, file, path, affine=affine)
-            text = json.dumps(content, indent=1) + "\n"
-            write_whole(facts_path(path), partial(_write, text))
+            write_text(facts_path(path), json.dumps(content, indent=1) + "\n")
         return dict(data)
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")

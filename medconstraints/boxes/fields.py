@@ -14,6 +14,7 @@ __all__ = [
     "CLASSES",
     "Refusal",
     "class_number",
+    "class_of_texts",
     "coordinate_system",
     "fit_schema",
     "named_class",
@@ -57,7 +58,31 @@ def named_class(text: str, names: Mapping[str, int]) -> int | None:
     plain = {name.strip().casefold(): number for name, number in names.items()}
     bare = text.strip().casefold()
     found = plain.get(bare)
-    return plain.get(re.sub(r"([-_ ]\d+)+$", "", bare)) if found is None else found
+    return plain.get(_unnumbered(bare)) if found is None else found
+
+
+def class_of_texts(texts: Sequence[str], names: Mapping[str, int], stem: str, default: re.Pattern[str]) -> int:
+    """Class of what a program saved: the first text that names one, else, where all were given by itself, the file.
+
+    Args:
+        texts: such as a label, a name, a description; may be empty.
+        names: class name -> number.
+        stem: name of the file without its ending.
+        default: names that the program gives by itself, which say nothing.
+    """
+    given = [text.strip() for text in texts if text.strip()]
+    named = [text for text in given if not default.fullmatch(text)]
+    for text in given:
+        if text.isdecimal() or named_class(text, names) is not None:
+            return class_number(text, names)
+    if not named and (found := named_class(stem, names)) is not None:
+        return found
+    # Of a name with a number behind it the hint had better tell the name.
+    return class_number(_unnumbered((named or given or [""])[0]), names)
+
+
+def _unnumbered(text: str) -> str:
+    return re.sub(r"([-_ ]\d+)+$", "", text)
 
 
 def class_number(value: Any, names: Mapping[str, int]) -> int:

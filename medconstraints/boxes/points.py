@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medconstraints.boxes.fields import Refusal, class_number, coordinate_system, fit_schema, named_class, vector
+from medconstraints.boxes.fields import Refusal, class_of_texts, coordinate_system, fit_schema, vector
 from medconstraints.boxes.files import BoxFault, BoxFileError
 from medconstraints.boxes.geometry import AffineLike, checked_grid
 from medconstraints.boxes.records import read_text, table_comments
@@ -63,6 +63,7 @@ def read_points(
         tensor([[1, 2, 3, 1]])
     """
     path, names = Path(path).expanduser(), dict(classes or {})
+    stem = re.sub(r"(\.mrk)?\.json$|\.fcsv$", "", path.name, flags=re.I)
     grid = checked_grid(affine, shape, "affine", "shape")
     if grid.ndim != 3:
         raise ValueError(f"shape: expected three sizes, as Slicer's points have, got {grid.shape}.")
@@ -75,7 +76,8 @@ def read_points(
         raise BoxFileError(path, [BoxFault(None, "", str(fault))]) from None
     for number, (where, system, position, texts) in enumerate(points):
         try:
-            label = _class_of(texts, names, path.name)
+            named = [text for text in texts if not DEFAULT_NAME.fullmatch(text.strip())]
+            label = class_of_texts(named or [stem], names, stem, DEFAULT_NAME)
             if num_classes is not None and label >= num_classes:
                 raise Refusal(f"class {label} is none of the classes 1 to {num_classes - 1}")
             place = vector(position, "position") * ([-1, -1, 1] if coordinate_system(system) == "LPS" else [1, 1, 1])
@@ -125,13 +127,3 @@ def _fcsv(path: Path) -> list[_Point]:
             texts = [row.get("label", ""), row.get("desc", "")]
             found.append((f"line {line}", system, [row.get(axis, "") for axis in "xyz"], texts))
     return found
-
-
-def _class_of(texts: Sequence[str], names: Mapping[str, int], file_name: str) -> int:
-    stem = re.sub(r"(\.mrk)?\.json$|\.fcsv$", "", file_name, flags=re.I)
-    given = [text.strip() for text in texts if text.strip()]
-    for text in [*given, *([] if any(not DEFAULT_NAME.fullmatch(text) for text in given) else [stem])]:
-        if text.isdecimal() or named_class(text, names) is not None:
-            return class_number(text, names)
-    named = [text for text in given if not DEFAULT_NAME.fullmatch(text)]
-    return class_number(re.sub(r"([-_ ]\d+)+$", "", (named or [stem])[0]), names)

@@ -12,9 +12,9 @@ from medconstraints.boxes.fields import (
     CLASSES,
     Refusal,
     class_number,
+    class_of_texts,
     coordinate_system,
     fit_schema,
-    named_class,
     vector,
 )
 from medconstraints.boxes.geometry import AffineLike, Solid, affine_matrix, voxel_solid, with_thickness
@@ -91,18 +91,8 @@ def roi_class(fields: Mapping[str, Any], names: Mapping[str, int], file_name: st
     if label not in (None, ""):
         return class_number(label, names)
     point = _control_point(fields)
-    point_label = str(point.get("label") or "")
-    texts = [str(fields.get("name") or ""), point_label, str(point.get("description") or "")]
-    texts = [text.strip() for text in texts if text.strip()]
-    for text in texts:
-        if text.isdecimal() or named_class(text, names) is not None:
-            return class_number(text, names)
-    stem = re.sub(r"(\.mrk)?\.json$", "", file_name, flags=re.I)
-    named = [text for text in texts if not DEFAULT_NAME.fullmatch(text)]
-    if not named and (found := named_class(stem, names)) is not None:
-        return found
-    # Of a name with a number behind it the hint had better tell the name.
-    return class_number(re.sub(r"([-_ ]\d+)+$", "", (named or texts or [""])[0]), names)
+    texts = [str(one.get(key) or "") for one, key in ((fields, "name"), (point, "label"), (point, "description"))]
+    return class_of_texts(texts, names, re.sub(r"(\.mrk)?\.json$", "", file_name, flags=re.I), DEFAULT_NAME)
 
 
 def is_placed(fields: Mapping[str, Any]) -> bool:

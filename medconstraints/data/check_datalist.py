@@ -19,10 +19,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from medconstraints.boxes.files import BoxFileError
 from medconstraints.data.datalist_sections import load_datalist, read_datalist
-from medconstraints.data.weights_card import grid_of
 from medconstraints.transforms.check_volumes import CheckVolumesd
 from medconstraints.transforms.load_boxes import LoadBoxesd
 from medconstraints.transforms.load_volume import LoadVolumed
+from medconstraints.volumes.grids import grid_of
+from medconstraints.writing import write_text
 
 __all__ = ["check_datalist"]
 
@@ -64,7 +65,7 @@ def check_datalist(
     faults += _twice(rows) + _shared_patients(sections) + _never_seen(rows, num_classes)
     sys.stdout.write(_summary(rows))
     if output is not None:
-        Path(output).write_text(json.dumps({"entries": rows, "faults": faults}, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(output), json.dumps({"entries": rows, "faults": faults}, indent=1) + "\n")
     return faults
 
 

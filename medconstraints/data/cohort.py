@@ -31,6 +31,12 @@ _MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): expected this key") 
 # A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
 TransformSteps = Callable[..., Any] | Sequence[Any] | Mapping[str, Any]
 
+# Spatial transforms of MONAI that change no affine.
+UNTRACED = frozenset(
+    {"GridDistortiond", "Rand2DElasticd", "Rand3DElasticd", "RandGridDistortiond", "RandSimulateLowResolutiond"}
+    | {"RandSmoothDeformd", "Transposed"}
+)
+
 
 def cohort_items(
     datalist: str | PathLike[str], section: str, *, labelled: bool = False, fully_labelled: int = 0
@@ -97,13 +103,6 @@ def _refuse_untraced(chain: Sequence[Callable[..., Any]]) -> None:
             )
         if (map_key := getattr(transform, "map_key", None)) is not None:
             maps |= {map_key, *keys}
-
-
-# Spatial transforms of MONAI that change no affine.
-UNTRACED = frozenset(
-    {"GridDistortiond", "Rand2DElasticd", "Rand3DElasticd", "RandGridDistortiond", "RandSimulateLowResolutiond"}
-    | {"RandSmoothDeformd", "Transposed"}
-)
 
 
 class ItemDataset(CacheDataset):

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from medconstraints.volumes.facts import mask_facts
 from medconstraints.volumes.files import read_voxels
+from medconstraints.volumes.grids import grid_of
 
-__all__ = ["CARD", "cohort_of", "compare_with_card", "grid_of", "outside_of", "read_card", "write_card"]
+__all__ = ["CARD", "cohort_of", "compare_with_card", "outside_of", "read_card", "write_card"]
 
 RECORD = "medconstraints.json"
 CARD = ("bundle", "settings", "cohort")  # what of a run's settings.json the card has
@@ -66,16 +66,6 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     return None if all(one == -1 for one in value) else list(value)
-
-
-def grid_of(shape: Sequence[int], affine: Any) -> dict[str, list[float]]:
-    """Spacing and size of a volume in mm, along right, anterior and superior."""
-    matrix = np.asarray(affine, dtype=np.float64)
-    axes = nib.io_orientation(matrix)[:, 0].astype(int)
-    spacing, size = np.empty(3), np.empty(3)
-    spacing[axes] = np.linalg.norm(matrix[:3, :3], axis=0)
-    size[axes] = np.linalg.norm(matrix[:3, :3], axis=0) * ([*shape, 1, 1][:3])
-    return {"spacing_mm": spacing.round(4).tolist(), "size_mm": size.round(2).tolist()}
 
 
 def cohort_of(items: Sequence[Mapping[str, Any]], num_classes: int | None = None) -> dict[str, Any]:

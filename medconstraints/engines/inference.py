@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch.utils.data import Subset
 
 from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
-from medconstraints.engines.prepare_batch import source_file
-from medconstraints.volumes import write_whole
+from medconstraints.writing import write_text
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
 
 logger = logging.getLogger(__name__)
 
+_TOLD = ("name", "mask", "file", "state", "reason")
+_WITH_MASK = ("done", "kept")
 _STATES = {"refused": "failed", "left_out": "left out", "kept": "kept"}
 
 
@@ -43,8 +44,8 @@ def _reason(error: BaseException) -> str:
 class TolerantDataset(Dataset):
     """Data set whose item is `{"state": "failed", "reason": ..., "name": ...}` when its transform fails.
 
-    Items that are not to be segmented (see `volumes_for_inference`) come as such, with the state "failed", "left out"
-    or "kept", and are not read.
+    Every item gets its "name", the path of its "mask", and its "file". Items that are not to be segmented (see
+    `volumes_for_inference`) come as such, with the state "failed", "left out" or "kept", and are not read.
 
     Args:
         data: items, dictionaries with a file path under `image_key`.
@@ -61,12 +62,12 @@ class TolerantDataset(Dataset):
         item = self.data[index]
         file = item[self.image_key]
         file = str(file[0] if isinstance(file, list) else file)  # of several channels the first names the mask
-        told = {"name": item.get("name", Path(file).name), "mask": item.get("mask", "")}
+        told = {"name": item.get("name", Path(file).name), "mask": item.get("mask", ""), "file": file}
         for key, state in _STATES.items():
             if key in item:
                 return {**told, "state": state, "reason": item[key]}
         try:
-            return super().__getitem__(index)
+            return {**super().__getitem__(index), **told}
         except Exception as error:
             return {**told, "state": "failed", "reason": _reason(error)}
 
@@ -104,8 +105,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         postfix: of the masks' names, for items without "mask".
 
     Attributes:
-        rows: of each volume "name", "state" ("done", "failed", "left out" or "kept"), "reason", "mask", "seconds"; of
-            those done also "image", the path, which reports do not tell.
+        rows: of each volume "name", "state" ("done", "failed", "left out" or "kept"), "reason", "mask", "seconds", and
+            "image", the path, which reports do not tell.
 
     Raises:
         ValueError: both or none of `dataset` and `val_data_loader`.
@@ -160,22 +161,18 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: Any, batchdata: Any) -> Any:
         start = time.perf_counter()
-        if "state" in batchdata:
-            self._add(batchdata["name"], batchdata["state"], batchdata["reason"], batchdata["mask"])
+        # A batch of one item is collated; what became of an item without an image is not.
+        told = {key: value[0] if isinstance(value, list) else value for key, value in batchdata.items() if key in _TOLD}
+        if "state" in told:
+            self._add(told)
             return {}
-        file = source_file(batchdata["image"]) or "volume"
-        name, mask = (str(batchdata[key][0]) if key in batchdata else "" for key in ("name", "mask"))
-        name = name or Path(file).name
-        mask = mask or mask_path("", file, postfix=self.postfix).name
         try:
             output = super()._iteration(engine, batchdata)
         except Exception as error:
             engine.state.output = {}
-            self._add(name, "failed", _reason(error), mask)
+            self._add({**told, "state": "failed", "reason": _reason(error)})
             return {}
-        self._add(name, "done", "", mask, time.perf_counter() - start)
-        meta = getattr(batchdata["image"], "meta", {}).get("filename_or_obj") or ""
-        self.rows[-1]["image"] = str(meta if isinstance(meta, str) else meta[0])
+        self._add({**told, "state": "done", "reason": ""}, time.perf_counter() - start)
         return output
 
     @staticmethod
@@ -185,16 +182,16 @@ class TolerantEvaluator(SupervisedEvaluator):
                 "the network's output has NaN or infinite values: its weights are not sound, or such are in the image"
             )
 
-    def _add(self, name: str, state: str, reason: str, mask: str, seconds: float = 0.0) -> None:
-        row = {"name": name, "state": state, "reason": reason, "mask": mask if state in ("done", "kept") else ""}
-        self.rows.append({**row, "seconds": round(seconds, 2)})
+    def _add(self, told: Mapping[str, str], seconds: float = 0.0) -> None:
+        name, state = told["name"], told["state"]
+        mask = told["mask"] or mask_path("", told["file"], postfix=self.postfix).name
+        row = {"name": name, "state": state, "reason": told["reason"], "mask": mask if state in _WITH_MASK else ""}
+        self.rows.append({**row, "seconds": round(seconds, 2), "image": told["file"]})
         if state != "failed":
             return
-        logger.error("%s failed: %s", name, reason)
-        if self.output_dir is None:
-            return
-        former = self.output_dir / mask if mask else mask_path(self.output_dir, name, postfix=self.postfix)
-        if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
+        logger.error("%s failed: %s", name, told["reason"])
+        former = None if self.output_dir is None else self.output_dir / mask
+        if former is not None and os.path.exists(former):  # false for a name that is too long, where Path.exists raises
             os.replace(former, former.with_name(former.name + ".old"))
             logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 
@@ -216,5 +213,4 @@ class TolerantEvaluator(SupervisedEvaluator):
         logger.log(logging.ERROR if lines else logging.INFO, "\n".join([head, *lines]))
         if self.output_dir is not None:
             rows = [{key: value for key, value in row.items() if key != "image"} for row in self.rows]
-            text = json.dumps({"volumes": rows}, indent=1) + "\n"
-            write_whole(self.output_dir / INFERENCE_REPORT, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.output_dir / INFERENCE_REPORT, json.dumps({"volumes": rows}, indent=1) + "\n")

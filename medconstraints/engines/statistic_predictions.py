@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from medconstraints.engines.regression import RegressionStage
 from medconstraints.networks.statistic_regressor import StatisticBlock
 from medconstraints.transforms.bounds import free_bounds, is_never_negative
 from medconstraints.transforms.item_bounds import MM3_PER_ML
+from medconstraints.writing import write_text
 
 __all__ = ["StatisticPredictions"]
 
@@ -105,7 +105,8 @@ class StatisticPredictions:
             wanted = self._identity()
             if (found := _read(self.path)) is None or found.get("made_from") != wanted:
                 logger.info("%s: %s", self.path.name, "made" if found is None else "made anew, it was of other weights")
-                _write(self.path, {**self._computed(), "made_from": wanted})
+                content = {**self._computed(), "made_from": wanted}
+                write_text(self.path, json.dumps(content, allow_nan=False) + "\n")
         idist.barrier()
         content = _read(self.path)
         if content is None:
@@ -369,10 +370,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from medconstraints.data.run_settings import write_settings
 from medconstraints.data.weights_card import outside_of, read_card
 from medconstraints.reports.planes import draw_planes
-from medconstraints.volumes import write_whole
 from medconstraints.volumes.facts import facts_path
 from medconstraints.volumes.files import read_voxels
+from medconstraints.writing import write_text
 
 __all__ = ["finish_inference", "write_inference_page", "write_inference_table"]
 
@@ -77,7 +77,7 @@ def write_inference_table(path: Path, rows: Sequence[Mapping[str, Any]], output_
             places = dict(zip(("right_mm", "anterior_mm", "superior_mm"), part.get("centroid_mm", ()), strict=False))
             given = {key: part[key] for key in ("value", "voxels", "ml", "pieces", "at_border") if key in part}
             writer.writerow({**shared, "class": _no_formula(name), **places, **given})
-    return write_whole(path, lambda beside: beside.write_text(text.getvalue(), encoding="utf-8", errors="replace"))
+    return write_text(path, text.getvalue())
 
 
 def _no_formula(text: str) -> str:
@@ -127,7 +127,7 @@ def write_inference_page(
     )
     bars = {name: _bars([row["sizes"][name] for row in shown if name in row["sizes"]]) for name in names}
     page = environment.get_template("inference.html").render(rows=shown, names=names, states=states, bars=bars)
-    return write_whole(path, lambda beside: beside.write_text(page, encoding="utf-8", errors="replace"))
+    return write_text(path, page)
 
 
 def _bars(values: Sequence[float]) -> list[tuple[float, float, int]]:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from medconstraints.volumes.grids import grid_of
+
 __all__ = ["COLOURS", "draw_planes"]
 
 # Okabe and Ito's palette: told apart with every common colour vision, and on grey; class k takes colour k - 1, cyclic.
@@ -38,10 +40,8 @@ def draw_planes(
         height: of the picture, in pixels.
         radiological: show the patient's right on the left; False shows it on the right.
     """
-    turn = nib.io_orientation(affine)
+    spacing, turn = grid_of(image.shape, affine)["spacing_mm"], nib.io_orientation(affine)
     image, mask = (nib.orientations.apply_orientation(volume, turn) for volume in (image, mask))
-    spacing = np.empty(3)
-    spacing[turn[:, 0].astype(int)] = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
     inside = np.argwhere(mask > 0)
     centre = np.median(inside, 0).astype(int) if len(inside) else np.array(mask.shape) // 2
     planes = []

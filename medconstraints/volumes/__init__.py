@@ -4,7 +4,7 @@ from medconstraints.volumes.dicom import DicomReader, read_series
 from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.facts import mask_facts
 from medconstraints.volumes.itk_files import ItkFileReader
-from medconstraints.volumes.masks import save_mask, write_whole
+from medconstraints.volumes.masks import save_mask
 from medconstraints.volumes.nifti import NiftiReader, affine_mm, geometry_notes, load_nifti
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "mask_facts",
     "read_series",
     "save_mask",
-    "write_whole",
 ]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
+from monai.utils import ensure_tuple
 
 from medconstraints.volumes.errors import VolumeError
-from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, read_itk
+from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, named_errors, read_itk
 
 __all__ = ["DICOM_ENDINGS", "DicomReader", "is_dicom", "read_series", "series_of"]
 
@@ -27,7 +28,6 @@ class _Slice:
     """What a file says of the place of its slice, in LPS millimetres."""
 
     name: str
-    number: str
     position: npt.NDArray[np.float64]
     axes: npt.NDArray[np.float64]
     grid: tuple[Any, ...]  # rows, columns, pixel spacing
@@ -92,11 +92,8 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[npt.NDArray[Any],
     _check_stack(folder.name, slices)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(folder / one.name) for one in slices])
-    try:
+    with named_errors(folder):
         image = reader.Execute()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise VolumeError(f"{folder.name}: the series cannot be read ({reason}); export it again.") from error
     _require_grey(folder, image)
     across, down = (float(step) for step in image.GetSpacing()[:2])
     affine = np.eye(4)
@@ -121,9 +118,8 @@ def _slice(path: Path) -> _Slice:
         return found
 
     axes = numbers("0020|0037", 6).reshape(2, 3).T
-    number = reader.GetMetaData("0020|0013").strip() if reader.HasMetaDataKey("0020|0013") else ""
     size, step = reader.GetSize()[:2], np.round(reader.GetSpacing()[:2], 4).tolist()
-    return _Slice(path.name, number, numbers("0020|0032", 3), axes, (*size, *step))
+    return _Slice(path.name, numbers("0020|0032", 3), axes, (*size, *step))
 
 
 def _normal(one: _Slice) -> npt.NDArray[np.float64]:
@@ -203,8 +199,8 @@ class DicomReader(ItkFileReader):
 
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether these are folders, or DICOM files by their ending."""
-        names: Sequence[Any] = filename if isinstance(filename, list | tuple) else [filename]
-        return all(Path(name).is_dir() or Path(name).suffix.lower() in DICOM_ENDINGS for name in names)
+        paths = [Path(name) for name in ensure_tuple(filename)]
+        return all(path.is_dir() or path.suffix.lower() in DICOM_ENDINGS for path in paths)
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
         if path.is_dir():

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 __all__ = ["facts_path", "mask_facts"]
 
-MOST_VOXELS = 1 << 26  # of a bounding box in which pieces are counted: more would take a minute
+MOST_VOXELS = 1 << 26  # of a bounding box in which pieces are counted
 
 
 def facts_path(mask: Path) -> Path:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medconstraints.volumes.dicom import DICOM_ENDINGS, is_dicom, read_series
+from medconstraints.volumes.dicom import DICOM_ENDINGS, DicomReader, is_dicom
 from medconstraints.volumes.errors import VolumeError
-from medconstraints.volumes.itk_files import ITK_ENDINGS, itk_affine, read_itk, voxels_of
-from medconstraints.volumes.nifti import affine_mm, load_nifti
+from medconstraints.volumes.itk_files import ITK_ENDINGS, ItkFileReader
+from medconstraints.volumes.nifti import NiftiReader
 
-__all__ = ["VOLUME_ENDINGS", "find_volumes", "is_volume", "mask_ending", "read_voxels", "volume_stem"]
+__all__ = ["VOLUME_ENDINGS", "find_volumes", "is_volume", "mask_ending", "read_voxels", "readers", "volume_stem"]
 
 NIFTI_ENDINGS = (".nii.gz", ".nii", ".img", ".hdr")
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS, *DICOM_ENDINGS)
@@ -99,8 +100,8 @@ def _left_out(path: Path, present: set[str], *, in_series: bool) -> str:
     return "is no NIfTI, NRRD, MetaImage or DICOM file by its name"
 
 
-def read_voxels(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
-    """Voxels with the axes as in the file, and the affine to RAS in millimetres.
+def read_voxels(path: Path, series: str | None = None) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Voxels with the axes as in the file, and the affine to RAS in millimetres, by the readers of `LoadVolumed`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,15 +109,16 @@ def read_voxels(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.flo
     """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    if path.is_dir():
-        return read_series(path)
-    if path.name.lower().endswith(NIFTI_ENDINGS):
-        image = load_nifti(path)
-        try:
-            return np.asanyarray(image.dataobj), affine_mm(image)
-        except (OSError, EOFError, ValueError) as error:
-            raise VolumeError(f"{path.name}: is truncated or damaged ({error}); copy it again.") from error
-    if path.name.lower().endswith((*ITK_ENDINGS, *DICOM_ENDINGS)):
-        image = read_itk(path)
-        return voxels_of(image), itk_affine(image)
+    for reader in readers(series=series):
+        if reader.verify_suffix(str(path)):
+            try:
+                voxels, meta = reader.get_data(reader.read(str(path)))
+            except (OSError, EOFError) as error:  # nibabel reads when it is asked for voxels
+                raise VolumeError(f"{path.name}: is truncated or damaged ({error}); copy it again.") from error
+            return voxels, meta["affine"]
     raise VolumeError(f"{path.name}: expected one of the endings {', '.join(VOLUME_ENDINGS)}; convert it first.")
+
+
+def readers(form: str = "best", series: str | None = None) -> tuple[Any, ...]:
+    """Readers of MONAI's kind for all formats that are volumes here; see `NiftiReader` and `DicomReader`."""
+    return NiftiReader(form), ItkFileReader(), DicomReader(series)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 from monai.data.image_reader import ImageReader, _copy_compatible_dict, _stack_images
+from monai.utils import ensure_tuple
 
 from medconstraints.volumes.errors import VolumeError
+from medconstraints.volumes.grids import require_one_grid
 
-__all__ = ["ITK_ENDINGS", "ItkFileReader", "itk_affine", "read_itk", "voxels_of"]
+__all__ = ["ITK_ENDINGS", "ItkFileReader", "itk_affine", "named_errors", "read_itk", "voxels_of"]
 
 NRRD_ENDINGS = (".nrrd", ".nhdr")
 ITK_ENDINGS = (*NRRD_ENDINGS, ".mha", ".mhd")
@@ -38,17 +41,24 @@ def voxels_of(image: Any) -> npt.NDArray[Any]:
     return np.asarray(voxels.transpose([*range(dims)[::-1], *range(dims, voxels.ndim)]))
 
 
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """SimpleITK's errors as a `VolumeError` of a file, with the last of their many lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise VolumeError(f"{path.name}: SimpleITK cannot read it ({reason}); export it again.") from error
+
+
 def read_itk(path: Path) -> Any:
     """SimpleITK's image of a file; a fourth axis of one element goes, and `itk_affine` knows the unit of an NRRD file.
 
     Raises:
         VolumeError: SimpleITK cannot read it, it holds complex numbers, or its unit is not known.
     """
-    try:
+    with named_errors(path):
         image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise VolumeError(f"{path.name}: SimpleITK cannot read it ({reason}); export it again.") from error
     if image.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
         raise VolumeError(f"{path.name}: holds complex numbers; save their magnitude, or the part that is meant.")
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
@@ -76,17 +86,21 @@ class ItkFileReader(ImageReader):
     """Reader of MONAI's kind for .nrrd, .nhdr, .mha and .mhd; nothing of the header but the geometry is kept.
 
     Raises:
-        VolumeError: see `read_itk`.
+        VolumeError: see `read_itk`; channels on several grids.
     """
 
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether the names end like such files."""
-        names = filename if isinstance(filename, list | tuple) else [filename]
-        return all(str(name).lower().endswith(ITK_ENDINGS) for name in names)
+        return all(str(name).lower().endswith(ITK_ENDINGS) for name in ensure_tuple(filename))
 
     def read(self, data: Sequence[Any] | Any, **kwargs: Any) -> Any:
-        """Read one file, or a list of files that become channels: voxels and affine of each."""
-        return [self._volume(Path(name)) for name in (data if isinstance(data, list | tuple) else (data,))]
+        """Read one file, or a list of files that become channels: voxels, affine and the rest of each."""
+        paths = [Path(name) for name in ensure_tuple(data)]
+        found = [self._volume(path) for path in paths]
+        require_one_grid(
+            [(path.name, voxels.shape, affine) for path, (voxels, affine, *_) in zip(paths, found, strict=True)]
+        )
+        return found
 
     def get_data(self, img: Any) -> tuple[Any, dict[str, Any]]:
         """Voxels with the axes as in the file, channels last, and the geometry."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +12,15 @@ import SimpleITK as sitk
 from medconstraints.volumes.files import NIFTI_ENDINGS, mask_ending
 from medconstraints.volumes.itk_files import read_itk
 from medconstraints.volumes.nifti import load_nifti
+from medconstraints.writing import write_whole
 
-__all__ = ["save_mask", "write_whole"]
+__all__ = ["save_mask"]
 
 # What places voxels in the scanner. Not the rest: display range, intent and extensions are those of a picture.
 _GEOMETRY = (
     *("dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file beside its place and move it there: what stood there stays until the new one is whole.
-
-    Args:
-        path: the file; its folder is made when missing.
-        write: gets the name to write to, which has the ending of `path`.
-
-    Raises:
-        OSError: what `write` raises; a full disk is told as such, with the file's name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".part_{secrets.token_hex(6)}{''.join(path.suffixes[-2:])}"
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno == 28:
-            raise OSError(28, f"the disk is full, {path.name} was not written", str(path.parent)) from error
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def save_mask(mask: Any, image: str | Path, path: str | Path, *, affine: Any = None) -> Path:

@@ -12,11 +12,14 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from monai.data.image_reader import NibabelReader, is_supported_format
+from monai.utils import ensure_tuple
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from medconstraints import checks
 from medconstraints.volumes.errors import VolumeError
+from medconstraints.volumes.grids import require_one_grid
 
 __all__ = ["FORMS", "NiftiReader", "affine_mm", "geometry_notes", "load_nifti"]
 
@@ -56,7 +59,7 @@ def load_nifti(path: str | PathLike[str]) -> Any:
     if found is None:
         raise VolumeError(f"{path.name}: is not a NIfTI file, or its header is damaged; export it again.")
     affine = np.asarray(found.affine)
-    scale = np.prod(np.linalg.norm(affine[:3, :3], axis=0))
+    scale = np.prod(voxel_sizes(affine))
     if not np.isfinite(affine).all() or not scale or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * scale:
         form = "sform" if found.header["sform_code"] > 0 else "qform or pixdim"
         raise VolumeError(
@@ -94,7 +97,7 @@ def geometry_notes(image: Any) -> dict[str, str]:
     tools disagree on where the voxels are; "orientation" where neither has a code.
     """
     header, notes = image.header, {}
-    sform, qform = (getattr(image.header, f"get_{form}")(coded=True)[0] for form in ("sform", "qform"))
+    sform, qform = (getattr(header, f"get_{form}")(coded=True)[0] for form in ("sform", "qform"))
     if sform is None and qform is None:
         notes["orientation"] = "its header has neither sform nor qform: which side is left is not known"
     if sform is not None and qform is not None:
@@ -104,7 +107,7 @@ def geometry_notes(image: Any) -> dict[str, str]:
             1,
         ]
         apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()
-        if not apart <= AGREEMENT_VOXELS * np.linalg.norm(sform[:3, :3], axis=0).min():
+        if not apart <= AGREEMENT_VOXELS * voxel_sizes(sform).min():
             scale = MM[_unit(header)]
             origins = [np.round(scale * form[:3, 3], 3).tolist() for form in (sform, qform)]
             notes["forms"] = (
@@ -125,7 +128,7 @@ class NiftiReader(NibabelReader):
         options: of `NibabelReader`.
 
     Raises:
-        VolumeError: see `load_nifti`; complex numbers and colours, which are no intensities.
+        VolumeError: see `load_nifti`; complex numbers and colours, which are no intensities; channels on several grids.
     """
 
     def __init__(self, form: str = "best", **options: Any) -> None:
@@ -134,13 +137,13 @@ class NiftiReader(NibabelReader):
 
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether the names end like NIfTI files."""
-        names = filename if isinstance(filename, list | tuple) else [filename]
-        return is_supported_format([str(name).lower() for name in names], SUFFIXES)
+        return is_supported_format([str(name).lower() for name in ensure_tuple(filename)], SUFFIXES)
 
     def read(self, data: Sequence[Any] | Any, **kwargs: Any) -> Any:
         """Open one file, or a list of files that become channels."""
-        self.filenames = data if isinstance(data, list | tuple) else (data,)
+        self.filenames = ensure_tuple(data)
         images = [_with_intensities(load_nifti(name)) for name in self.filenames]
+        require_one_grid([(_name(image), image.shape, self._get_affine(image)) for image in images])
         return images if len(images) > 1 else images[0]
 
     def _get_meta_dict(self, img: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from medconstraints.data.weights_card import cohort_of, compare_with_card, grid_of, outside_of, read_card, write_card
+from medconstraints.data.weights_card import cohort_of, compare_with_card, outside_of, read_card, write_card
+from medconstraints.volumes.grids import grid_of
 
 CARD = {"bundle": "b", "settings": {"num_classes": 2, "patch_size": [8, 8, 8], "spacing_mm": None}}
 

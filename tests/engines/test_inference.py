@@ -60,7 +60,13 @@ def make_evaluator():
 def test_dataset_gives_the_failure_instead_of_raising():
     data = TolerantDataset([{"image": "1.nii"}, {"image": "bad.nii"}], Compose([Lambdad("image", load)]))
     assert float(data[0]["image"].mean()) == 1
-    failed = {"name": "bad.nii", "mask": "", "state": "failed", "reason": "LoadError: bad.nii: is truncated"}
+    failed = {
+        "name": "bad.nii",
+        "mask": "",
+        "file": "bad.nii",
+        "state": "failed",
+        "reason": "LoadError: bad.nii: is truncated",
+    }
     assert data[1] == failed
     other = TolerantDataset([{"scan": "bad.nii"}], Compose([Lambdad("scan", load)]), image_key="scan")
     assert other[0] == failed
@@ -69,7 +75,7 @@ def test_dataset_gives_the_failure_instead_of_raising():
 @pytest.mark.parametrize(("key", "state"), [("refused", "failed"), ("left_out", "left out"), ("kept", "kept")])
 def test_dataset_does_not_read_what_is_not_to_be_segmented(key, state):
     data = TolerantDataset([{"image": "bad.nii", "name": "sub/bad.nii", key: "why"}], Compose([Lambdad("image", load)]))
-    assert data[0] == {"name": "sub/bad.nii", "mask": "", "state": state, "reason": "why"}
+    assert data[0] == {"name": "sub/bad.nii", "mask": "", "file": "bad.nii", "state": state, "reason": "why"}
 
 
 def test_collate():
@@ -159,7 +165,7 @@ def test_the_summary_is_told_before_a_report_that_cannot_be_written(make_evaluat
         raise OSError(28, "No space left on device")
 
     (tmp_path / "1_seg.nii.gz").write_bytes(b"former")
-    monkeypatch.setattr("medconstraints.volumes.masks.os.replace", full)
+    monkeypatch.setattr("medconstraints.writing.os.replace", full)
     with pytest.raises(OSError, match=r"the disk is full, inference.json was not written"):
         make_evaluator(["1.nii", "bad2.nii"], output_dir=tmp_path).run()
     assert "1 of 2 volumes done" in caplog.text
@@ -225,7 +231,7 @@ def test_images_without_meta_data(make_evaluator):
     evaluator = make_evaluator(["1.nii"])
     evaluator.data_loader.dataset.transform = Compose([Lambdad("image", lambda path: torch.ones(1, 4, 4))])
     evaluator.run()
-    assert done(evaluator.rows) == ["volume"]
+    assert done(evaluator.rows) == ["1.nii"]
 
 
 def test_a_failing_volume_keeps_no_mask_that_looks_new(make_evaluator, tmp_path, caplog):

@@ -184,6 +184,6 @@ def test_channels_on_other_grids_are_told_how_they_differ(tmp_path, rng):
     paths = [stored(tmp_path / "a.nii", voxels), stored(tmp_path / "b.nii", voxels, np.diag([1, 1, 1.2, 1]))]
     with pytest.raises(RuntimeError) as caught:
         Compose(reading_transforms(num_classes=2, label_key=None))({"image": paths})
-    assert "b.nii has another affine than a.nii: the voxel size or direction differs by up to 0.2 mm" in str(
+    assert "b.nii: has another affine than a.nii: the voxel size or direction differs by up to 0.2 mm" in str(
         caught.value.__cause__
     )

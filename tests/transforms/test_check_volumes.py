@@ -169,9 +169,7 @@ def test_lists_of_files_are_channels(tmp_path, picture):
     flat = [save(tmp_path / f"{name}.nii", picture[..., None]) for name in "ab"]  # (X, Y, Z, 1) each
     assert LoadVolumed("image")({"image": flat})["image"].shape == (2, *SHAPE)
     small = save(tmp_path / "small.nii.gz", picture[:5])
-    with pytest.raises(
-        VolumeError, match=r"flair\.nii\.gz, small\.nii\.gz: cannot be .*; small\.nii\.gz has the shape"
-    ):
+    with pytest.raises(VolumeError, match=r"^small\.nii\.gz: has the shape .*, flair\.nii\.gz"):
         LoadVolumed("image")({"image": [first, small]})
     with pytest.raises(VolumeError, match=r"^gone\.nii: no such file"):
         LoadVolumed("image")({"image": [first, tmp_path / "gone.nii"]})

@@ -81,3 +81,13 @@ def test_a_fourth_axis_of_one_element_does_not_count(tmp_path, image, ending):
     np.testing.assert_allclose(found.affine, expected.affine, atol=1e-5)
     path = save_mask(np.ones(image.GetSize(), np.uint8), tmp_path / f"a{ending}", tmp_path / f"mask{ending}")
     assert sitk.ReadImage(str(path)).GetSize() == image.GetSize()
+
+
+def test_channels_on_other_grids_are_told_how_they_differ(tmp_path, image):
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    image.SetOrigin([1.0, -2.0, 4.0])
+    sitk.WriteImage(image, str(tmp_path / "b.nrrd"))
+    with pytest.raises(
+        VolumeError, match=r"^b\.nrrd: has another affine than a\.nrrd: the origin differs by up to 1 mm"
+    ):
+        LoadVolumed("image")({"image": [str(tmp_path / "a.nrrd"), str(tmp_path / "b.nrrd")]})
