@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -41,7 +42,7 @@ SPACING_MM = (2.0, 2.0, 2.0)
 
 def segment(chain: str, image: Path, folder: Path, classes: int) -> dict[str, float]:
     """One volume by one chain: seconds, and gigabytes at most."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    start = time.perf_counter()
     if chain == "ours":
         reading = Compose(reading_transforms(num_classes=classes, label_key=None, spacing_mm=SPACING_MM))
         writing = Compose(mask_transforms(reading, output_dir=folder))
@@ -72,7 +73,17 @@ def segment(chain: str, image: Path, folder: Path, classes: int) -> dict[str, fl
         for item in decollate_batch(batch):
             writing(item)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": time.perf_counter() - start, "peak_gb": peak / 1e6, "before_gb": before / 1e6}
+    return {"seconds": time.perf_counter() - start, "peak_gb": peak / 1e6}
+
+
+def make(image: Path, shape: Sequence[int]) -> None:
+    """Smooth waves of intensity, slab by slab: a process inherits the peak memory of the one that started it."""
+    rng = np.random.default_rng(0)
+    waves = [np.sin(np.arange(size) / size * 9 + rng.random() * 6) for size in shape]
+    voxels = np.empty(shape, np.int16, order="F")
+    for number, height in enumerate(waves[2]):
+        voxels[..., number] = 1000 * height * waves[0][:, None] * waves[1]
+    nib.save(nib.Nifti1Image(voxels, np.diag([-0.7, -0.7, 0.8, 1.0])), image)
 
 
 def main() -> None:
@@ -83,7 +94,11 @@ def main() -> None:
     parser.add_argument("--stock", type=int, nargs="*", default=(3,), help="numbers of classes for the stock chain too")
     parser.add_argument("--output", type=Path, default=Path("benchmark_inference_memory.json"))
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make(args.make, args.shape)
+        return
     if args.one:
         chain, image, folder, classes = args.one
         sys.stdout.write(json.dumps(segment(chain, Path(image), Path(folder), int(classes))) + "\n")
@@ -91,12 +106,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "volume.nii"
-        rng = np.random.default_rng(0)
-        waves = [np.sin(np.arange(size) / size * 9 + rng.random() * 6) for size in args.shape]
-        smooth = waves[0][:, None, None] * waves[1][:, None] * waves[2]
-        voxels = (1000 * smooth).astype(np.int16)
-        del smooth
-        nib.save(nib.Nifti1Image(voxels, np.diag([-0.7, -0.7, 0.8, 1.0])), image)
+        shape = [str(size) for size in args.shape]
+        subprocess.run([sys.executable, __file__, "--make", str(image), "--shape", *shape], check=True)
         for classes in args.classes:
             for chain in ("ours", *(["stock"] if classes in args.stock else [])):
                 line = [sys.executable, __file__, "--one", chain, str(image), str(Path(folder) / chain), str(classes)]

@@ -7,9 +7,9 @@ from medconstraints.data.guide_split import EpochSampler, GuideSplit
 from medconstraints.data.inference_files import volumes_for_inference
 from medconstraints.data.manifests import check_dataset, load_manifest, make_datalist
 from medconstraints.data.missing import MissingData
+from medconstraints.data.options import check_options
 from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
 from medconstraints.data.run_settings import (
-    check_options,
     read_settings,
     run_settings,
     start_inference,

@@ -105,8 +105,8 @@ class StatisticPredictions:
             wanted = self._identity()
             if (found := _read(self.path)) is None or found.get("made_from") != wanted:
                 logger.info("%s: %s", self.path.name, "made" if found is None else "made anew, it was of other weights")
-                content = {**self._computed(), "made_from": wanted}
-                write_text(self.path, json.dumps(content, allow_nan=False) + "\n")
+                made = {**self._computed(), "made_from": wanted}
+                write_text(self.path, json.dumps(made, allow_nan=False) + "\n")
         idist.barrier()
         content = _read(self.path)
         if content is None:

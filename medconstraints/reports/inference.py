@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from medconstraints.data.run_settings import write_settings
 from medconstraints.data.weights_card import outside_of, read_card
 from medconstraints.reports.planes import draw_planes
+from medconstraints.reports.render import render
 from medconstraints.volumes.facts import facts_path
 from medconstraints.volumes.files import read_voxels
 from medconstraints.writing import write_text
@@ -122,11 +122,9 @@ def write_inference_page(
         shown.append({**row, "sizes": sizes, "flags": flags_of(facts, cohort), "picture": _picture(row, output_dir)})
     names = list(dict.fromkeys(name for row in shown for name in row["sizes"]))
     states = {state: sum(row["state"] == state for row in shown) for state in ("done", "failed", "kept", "left out")}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("medconstraints.reports", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     bars = {name: _bars([row["sizes"][name] for row in shown if name in row["sizes"]]) for name in names}
-    page = environment.get_template("inference.html").render(rows=shown, names=names, states=states, bars=bars)
+    title = f"Masks of {states['done'] + states['kept']} volumes"
+    page = render("inference.html", title=title, rows=shown, names=names, states=states, bars=bars)
     return write_text(path, page)
 
 

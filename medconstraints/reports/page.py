@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from medconstraints.boxes import label_to_boxes, map_boxes
 from medconstraints.reports.datalist import Entry, find_predictions, read_class_names, read_section
 from medconstraints.reports.montage import ReportCase, montage
+from medconstraints.reports.render import render
 from medconstraints.reports.tables import read_results
 from medconstraints.reports.volumes import read_image, read_labels
 
@@ -107,14 +107,8 @@ def render_page(
     for row in results["summary"].values():
         undefined = f", {row['hd95_undefined']} undefined" if row["hd95_undefined"] else ""
         summary += [_mean_sd(row, "dice", 3), _mean_sd(row, "hd95_mm", 2) + undefined, "", ""]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         title=title,
         notes=notes,
         caption=CAPTION.format(sum(row["reason"] is None for row in rows), len(rows)),
