@@ -38,7 +38,7 @@ types: $(VENV)/.test ## mypy on medconstraints and transforms
 	$(BIN)/python -m mypy --cache-dir build/mypy_cache build/typecheck/medconstraints
 
 bench: $(VENV)/.test ## run every script in benchmarks/
-	@for script in benchmarks/box_*.py benchmarks/constraint_*.py benchmarks/boundary_*.py benchmarks/*_step.py; do \
+	@for script in benchmarks/box_*.py benchmarks/constraint_*.py benchmarks/boundary_*.py benchmarks/*_step.py benchmarks/inference_memory.py; do \
 	  if test -f "$$script"; then echo "== $$script"; $(BIN)/python "$$script" || exit 1; fi; \
 	done
 

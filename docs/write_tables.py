@@ -812,6 +812,20 @@ def curriculum_benchmarks() -> str:
     return paragraphs(markdown_table(["An epoch with as many images", "Time"], rows), goal, measured_by(found))
 
 
+def inference_benchmarks() -> str:
+    """Peak memory and time of one large volume, against MONAI's stock chain."""
+    found = load("benchmark_inference_memory.json")
+    stock = {row["classes"]: row for row in found["rows"] if row["chain"] == "stock"}
+    rows = []
+    for row in (row for row in found["rows"] if row["chain"] == "ours"):
+        other = stock.get(row["classes"])
+        ratios = ["", ""] if other is None else [times(row[key] / other[key]) for key in ("peak_gb", "seconds")]
+        rows.append([shape_of(row), str(row["classes"]), f"{row['peak_gb']:.2f} GB", ratios[0], ratios[1]])
+    goal = "Goals: 3 classes at most 3 GB, 20 at most 6 GB; at most 0.5x of the stock chain's peak, no slower."
+    header = ["Volume", "Classes", "Peak memory", "of the stock chain's", "Time"]
+    return paragraphs(markdown_table(header, rows), goal, measured_by(found))
+
+
 def crf_benchmarks() -> str:
     """The dense CRF against pydensecrf2, and its loss against a step."""
     found = load("benchmark_dense_crf_step.json")
@@ -899,6 +913,7 @@ def all_tables() -> dict[str, dict[str, str]]:
     benchmarks |= {"constraints": constraint_benchmarks(), "learned": learned_benchmarks()}
     benchmarks |= {"end_to_end": end_to_end_benchmarks(), "lookahead": lookahead_benchmarks()}
     benchmarks |= {"dense_crf": crf_benchmarks(), "curriculum": curriculum_benchmarks()}
+    benchmarks |= {"inference": inference_benchmarks()}
     return tables | {"docs/benchmarks.md": benchmarks}
 
 

@@ -294,6 +294,7 @@ def mask_transforms(
     num_classes: int | None = None,
     class_names: Mapping[str, str] | None = None,
     dense_crf: bool = False,
+    made_by: str = "",
 ) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
 
@@ -307,6 +308,7 @@ def mask_transforms(
             that are there.
         class_names: value in the mask, as a text -> name of its class in reports.
         dense_crf: let the probabilities follow the image, see `DenseCRFd`.
+        made_by: see `SaveMaskd`.
     """
     values = class_values if num_classes is None else class_values or range(num_classes)
     names = {int(value): str(name) for value, name in (class_names or {}).items()}
@@ -319,5 +321,5 @@ def mask_transforms(
         *([DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
         InvertedClassesd("pred", preprocessing=preprocessing),
         *renumber,
-        SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes),
+        SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes, made_by=made_by),
     ]

@@ -114,7 +114,10 @@ def _files(value: Any, key: Hashable) -> list[Path]:
         )
     files = []
     for path in map(Path, given):
-        found = sorted(file for file in path.iterdir() if file.suffix in (".json", ".csv")) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            there = (file for file in path.iterdir() if not file.name.startswith("."))
+            found = sorted(file for file in there if file.suffix.lower() in (".json", ".csv"))
         if not found:
             raise FileNotFoundError(f"{key}: no .json or .csv file in the folder {path.name}.")
         files += found

@@ -32,6 +32,7 @@ class SaveMaskd(MapTransform):
         output_dir: folder of the masks; it is made when missing.
         postfix: of items without "mask", see `mask_path`.
         classes: value in the mask -> name of each class, for the JSON file; None takes the values that are there.
+        made_by: fingerprint of the run, for the JSON file, see `run_fingerprint`.
 
     Raises:
         ValueError: at the call, for a mask without file name, with several channels, or that does not fit its file.
@@ -44,11 +45,13 @@ class SaveMaskd(MapTransform):
         output_dir: str | Path,
         postfix: str = "seg",
         classes: Mapping[int, str] | None = None,
+        made_by: str = "",
     ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
         self.postfix = postfix
         self.classes = classes
+        self.made_by = made_by
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save, and return the item as it is."""
@@ -68,6 +71,7 @@ class SaveMaskd(MapTransform):
             content = {
                 "classes": mask_facts(values, affine, classes=self.classes),
                 **grid_of(values.shape, affine),
+                "made_by": self.made_by,
                 "notes": str(mask.meta.get("geometry_notes") or ""),
             }
             if "confidence" in data:

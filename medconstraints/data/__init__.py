@@ -11,6 +11,7 @@ from medconstraints.data.options import check_options
 from medconstraints.data.output_folders import check_output_dir, check_run_dir, mask_path
 from medconstraints.data.run_settings import (
     read_settings,
+    run_fingerprint,
     run_settings,
     start_inference,
     start_run,
@@ -43,6 +44,7 @@ __all__ = [
     "read_datalist",
     "read_labelled",
     "read_settings",
+    "run_fingerprint",
     "run_settings",
     "semi_supervised_items",
     "start_inference",

@@ -11,7 +11,7 @@ from typing import Any
 from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
-from medconstraints.volumes.facts import facts_path
+from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
@@ -29,6 +29,7 @@ def volumes_for_inference(
     postfix: str = "seg",
     overwrite: bool = False,
     resume: bool = False,
+    made_by: str = "",
 ) -> list[dict[str, Any]]:
     """Items for every file of a folder, an entry of a datalist, or one file; `TolerantDataset` takes them.
 
@@ -46,12 +47,13 @@ def volumes_for_inference(
         postfix: see `mask_path`.
         overwrite: accept masks that exist already. They stay until the new ones are written.
         resume: keep masks that exist already, and segment the others.
+        made_by: of `run_fingerprint`, which masks that are kept must have too.
 
     Raises:
         FileNotFoundError: the source does not exist or holds no volume.
         ValueError: the datalist cannot be used (see `read_datalist`) or lists another kind of file, masks would be
             written into the folder of the volumes or over one of them, or both `overwrite` and `resume`.
-        FileExistsError: a mask, or the report, exists already, with neither of the two.
+        FileExistsError: a mask or a report is there already, with neither of the two, or is of another run.
         PermissionError: the output folder cannot be written to.
     """
     if checks.flag("overwrite", overwrite) and checks.flag("resume", resume):
@@ -68,10 +70,21 @@ def volumes_for_inference(
         facts = [facts_path(Path(mask)).as_posix() for mask in masks]
         check_output_dir(output, [*masks, *facts, *REPORTS], overwrite=overwrite or resume)
         if resume:
-            for item in wanted:
-                if (output / item["mask"]).exists():
-                    item["kept"] = "has a mask already"
+            _keep(wanted, output, made_by)
     return items
+
+
+def _keep(items: list[dict[str, Any]], output: Path, made_by: str) -> None:
+    """What is there and whole stays, if it was made as it would be made now."""
+    kept = [item for item in items if (output / item["mask"]).exists() and facts_path(output / item["mask"]).is_file()]
+    for item in kept:
+        item["kept"] = "has a mask already"
+    told = {item["mask"]: read_facts(output / item["mask"]).get("made_by", "") for item in kept}
+    if other := [mask for mask, by in told.items() if by != made_by]:
+        raise FileExistsError(
+            f"output_dir: {len(other)} of {len(kept)} masks that are there, such as {other[0]}, were made with other "
+            "weights or settings; set these back, choose another folder, or set overwrite in place of resume."
+        )
 
 
 def _listed(source: Path, section: str, output: Path | None) -> list[dict[str, Any]]:
@@ -109,7 +122,8 @@ def _listed(source: Path, section: str, output: Path | None) -> list[dict[str, A
 
 def _paths(image: Any, number: int, source: Path) -> list[str]:
     paths = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
-    if paths and all(isinstance(path, str) and (is_volume(Path(path)) or Path(path).is_dir()) for path in paths):
+    # What has no ending may be a folder of slices; whether it is there is found out when it is read.
+    if paths and all(isinstance(path, str) and (is_volume(Path(path)) or not Path(path).suffix) for path in paths):
         return paths
     raise ValueError(
         f"source: entry {number} of {source.name}: expected one volume ({', '.join(VOLUME_ENDINGS)}) or DICOM folder "

@@ -120,6 +120,8 @@ def _faults(name: str, value: Any, known: Mapping[str, Any]) -> Iterator[str]:
     default = place.get(last) if isinstance(place, dict) else place[int(last)]
     if value is None:
         yield f"--{name} None: is dropped by MONAI before it arrives; write --{name} {SPELLING['none']}"
+    elif isinstance(value, int | float) and (name.endswith(("_dir", "_path")) or name == "datalist"):
+        yield f"--{name} {value}: is passed on as a number; write --{name} ./{value}"
     elif not isinstance(value, str):
         if not _fits(value, default):
             yield f"--{name}: expected {_kind(default)}, got {value!r}"

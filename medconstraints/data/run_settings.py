@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from medconstraints.writing import LEFT_BEHIND, write_text
 __all__ = [
     "SETTINGS_FILE",
     "read_settings",
+    "run_fingerprint",
     "run_settings",
     "start_inference",
     "start_run",
@@ -56,6 +58,8 @@ FREE_TO_CHANGE = frozenset(
         "validate",
     }
 )
+# What does not change the mask of a volume: where it is and goes, and what becomes of others.
+FREE_IN_INFERENCE = FREE_TO_CHANGE | {"ckpt_path", "overwrite", "postfix", "resume", "section"}
 FREE_IN_TRAIN = frozenset({"handlers"})  # MONAI appends its tracking there; what they do has settings of its own
 FREE_IN_PARTS = frozenset({"cache_rate", "max_epochs", "num_workers"})
 
@@ -217,6 +221,15 @@ def write_settings(
 def _told_by(weights: str | Path) -> dict[str, Any]:
     """What weights say of their training, or, without a card, what the training left beside them."""
     return read_card(weights) or read_settings(Path(weights).parent) or {}
+
+
+def run_fingerprint(weights: str | Path) -> str:
+    """A number that changes with the weights of an inference, or with what decides its masks; "" without weights."""
+    call, file = running(), Path(weights)
+    if call is None or not file.is_file():
+        return ""
+    config = {key: value for key, value in call.parser.config.items() if key not in NOT_SETTINGS | FREE_IN_INFERENCE}
+    return sha256(file.read_bytes() + json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_settings(folder: str | Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from torch.utils.data import Subset
 
 from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
+from medconstraints.volumes.facts import facts_path
 from medconstraints.writing import write_text
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
@@ -190,10 +191,12 @@ class TolerantEvaluator(SupervisedEvaluator):
         if state != "failed":
             return
         logger.error("%s failed: %s", name, told["reason"])
-        former = None if self.output_dir is None else self.output_dir / mask
-        if former is not None and os.path.exists(former):  # false for a name that is too long, where Path.exists raises
-            os.replace(former, former.with_name(former.name + ".old"))
-            logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
+        if self.output_dir is None:
+            return
+        for former in (self.output_dir / mask, facts_path(self.output_dir / mask)):
+            if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
+                os.replace(former, former.with_name(former.name + ".old"))
+                logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 
     def _finish(self, engine: Engine) -> None:
         if idist.get_world_size() > 1:

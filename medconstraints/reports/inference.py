@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from medconstraints.data.run_settings import write_settings
 from medconstraints.data.weights_card import outside_of, read_card
 from medconstraints.reports.planes import draw_planes
 from medconstraints.reports.render import render
-from medconstraints.volumes.facts import facts_path
+from medconstraints.volumes.facts import read_facts
 from medconstraints.volumes.files import read_voxels
 from medconstraints.writing import write_text
 
@@ -70,7 +69,7 @@ def write_inference_table(path: Path, rows: Sequence[Mapping[str, Any]], output_
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        facts = _facts(row, output_dir)
+        facts = read_facts(output_dir / row["mask"]) if row["mask"] else {}
         shared = {key: _no_formula(str(row[key])) for key in ("name", "state", "reason", "mask")}
         shared |= {"notes": facts.get("notes", ""), "confidence": facts.get("confidence", "")}
         for name, part in facts.get("classes", {}).items() or [("", {})]:
@@ -82,12 +81,6 @@ def write_inference_table(path: Path, rows: Sequence[Mapping[str, Any]], output_
 
 def _no_formula(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text
-
-
-def _facts(row: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    file = facts_path(output_dir / row["mask"]) if row["mask"] else None
-    found: dict[str, Any] = {} if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def flags_of(facts: Mapping[str, Any], cohort: Mapping[str, Any] | None = None) -> list[str]:
@@ -117,7 +110,7 @@ def write_inference_page(
     """
     shown = []
     for row in rows:
-        facts = _facts(row, output_dir)
+        facts = read_facts(output_dir / row["mask"]) if row["mask"] else {}
         sizes = {name: part["ml"] for name, part in facts.get("classes", {}).items()}
         shown.append({**row, "sizes": sizes, "flags": flags_of(facts, cohort), "picture": _picture(row, output_dir)})
     names = list(dict.fromkeys(name for row in shown for name in row["sizes"]))

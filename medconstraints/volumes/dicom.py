@@ -19,18 +19,28 @@ from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, named_er
 __all__ = ["DICOM_ENDINGS", "DicomReader", "is_dicom", "read_series", "series_of"]
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+# Enhanced and converted CT, MR and PET: each of their frames has its place, which GDCM reads.
+ENHANCED = frozenset(f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2.1", "2.2", "4.1", "4.4", "130", "128.1"))
 UNEVEN = 0.02  # share of the slices' distance by which one of them may differ; positions are stored as texts
 TILT_DEG = 0.5  # by which the stack may lean against its slices
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """What a file says of the place of its slice, in LPS millimetres."""
+    """What a file says of its slice; places are in LPS millimetres."""
 
-    name: str
+    path: Path
     position: npt.NDArray[np.float64]
-    axes: npt.NDArray[np.float64]
+    axes: npt.NDArray[np.float64]  # along a row and down a column
     grid: tuple[Any, ...]  # rows, columns, pixel spacing
+    step_mm: npt.NDArray[np.float64]
+    thickness_mm: float
+    frames: int
+    values: tuple[str, ...]  # slope, intercept and sign of what is stored
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 def is_dicom(path: Path) -> bool:
@@ -48,7 +58,8 @@ def series_of(folder: Path) -> Mapping[str, Sequence[str]]:
     uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     series = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
     read = {Path(name).name for names in series.values() for name in names}
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.upper() != "DICOMDIR"]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if path.name.upper() != "DICOMDIR"]
     lost = [
         path.name
         for path in files
@@ -73,7 +84,7 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[npt.NDArray[Any],
 
     Raises:
         VolumeError: several series and none is named, files that cannot be read, slices that are missing, twice there,
-            uneven, of several sizes or orientations, or that lean (gantry tilt); colours.
+            uneven, of several sizes or orientations, without a place, or that lean (gantry tilt); colours; MONOCHROME1.
     """
     series = series_of(folder)
     if uid is None and len(series) > 1:
@@ -84,42 +95,75 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[npt.NDArray[Any],
     chosen = series.get(uid or next(iter(series)))
     if chosen is None:
         raise VolumeError(f"{folder.name}: has no series {uid}; it has {', '.join(series)}.")
-    if len(chosen) == 1:  # several frames in one file have their geometry in it
-        image = read_itk(Path(chosen[0]))
-        _require_grey(folder, image)
+    return _read_files(folder.name, [Path(name) for name in chosen])
+
+
+def _read_files(name: str, files: Sequence[Path]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Voxels and affine of the files of a series, in whatever order."""
+    slices = [_slice(path) for path in files]
+    if len(files) == 1 and slices[0].frames > 1:  # several frames in one file have their geometry in it
+        image = read_itk(files[0])
         return sitk.GetArrayFromImage(image).transpose(2, 1, 0), itk_affine(image)
-    slices = sorted((_slice(Path(name)) for name in chosen), key=lambda one: float(one.position @ _normal(one)))
-    _check_stack(folder.name, slices)
+    slices.sort(key=lambda one: float(one.position @ _normal(one)))
+    first, last = slices[0], slices[-1]
+    if len(slices) > 1:
+        _check_stack(name, slices)
+    elif not first.thickness_mm:
+        raise VolumeError(f"{name}: is one slice without a thickness: its voxels have no size; give the series.")
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(folder / one.name) for one in slices])
-    with named_errors(folder):
+    reader.SetFileNames([str(one.path) for one in slices])
+    if len({one.values for one in slices}) > 1:  # of several scales the type of the first slice's would cut the others
+        reader.SetOutputPixelType(sitk.sitkFloat64)
+    with named_errors(Path(name)):
         image = reader.Execute()
-    _require_grey(folder, image)
-    across, down = (float(step) for step in image.GetSpacing()[:2])
     affine = np.eye(4)
-    affine[:3, :2] = slices[0].axes * [across, down]
-    affine[:3, 2] = (slices[-1].position - slices[0].position) / (len(slices) - 1)
-    affine[:3, 3] = slices[0].position
+    affine[:3, :2] = first.axes * first.step_mm
+    affine[:3, 2] = _normal(first) * first.thickness_mm
+    if len(slices) > 1:
+        affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
+    affine[:3, 3] = first.position
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
 def _slice(path: Path) -> _Slice:
+    """What a file says of itself.
+
+    Raises:
+        VolumeError: it cannot be read, holds colours or inverted intensities, or does not say where it is.
+    """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with named_errors(path):
+        reader.ReadImageInformation()
+
+    def text(tag: str) -> str:
+        return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
 
     def numbers(tag: str, count: int) -> npt.NDArray[np.float64]:
         try:
-            found = np.array([float(part) for part in reader.GetMetaData(tag).split("\\")])
-        except (RuntimeError, ValueError):
+            found = np.array([float(part) for part in text(tag).split("\\")])
+        except ValueError:
             found = np.empty(0)
         if len(found) != count or not np.isfinite(found).all():
             raise VolumeError(f"{path.name}: has no place in the scanner (tag {tag}); export the series again.")
         return found
 
+    if reader.GetNumberOfComponents() > 1:
+        raise VolumeError(f"{path.name}: holds colours, not intensities; this may be a screen shot or a report.")
+    if text("0028|0004") == "MONOCHROME1":
+        raise VolumeError(f"{path.name}: stores what is dark as large numbers (MONOCHROME1); convert it.")
+    frames = reader.GetSize()[2] if reader.GetDimension() > 2 else 1
+    if frames > 1 and text("0008|0016") in ENHANCED:
+        empty = np.zeros(3)
+        return _Slice(path, empty, np.zeros((3, 2)), (), empty[:2], 0.0, frames, ())
+    if frames > 1:
+        raise VolumeError(f"{path.name}: holds {frames} frames that have no place each; convert it to NIfTI.")
     axes = numbers("0020|0037", 6).reshape(2, 3).T
-    size, step = reader.GetSize()[:2], np.round(reader.GetSpacing()[:2], 4).tolist()
-    return _Slice(path.name, numbers("0020|0032", 3), axes, (*size, *step))
+    down, across = numbers("0028|0030", 2).tolist()
+    thickness = float(text("0018|0050") or 0)
+    values = (text("0028|1052"), text("0028|1053"), text("0028|0103"))
+    grid = (*reader.GetSize()[:2], round(across, 4), round(down, 4))
+    return _Slice(path, numbers("0020|0032", 3), axes, grid, np.array([across, down]), thickness, frames, values)
 
 
 def _normal(one: _Slice) -> npt.NDArray[np.float64]:
@@ -174,11 +218,6 @@ def _check_stack(folder: str, slices: Sequence[_Slice]) -> None:
         )
 
 
-def _require_grey(folder: Path, image: Any) -> None:
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise VolumeError(f"{folder.name}: holds colours, not intensities; this may be a screen shot or a report.")
-
-
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - 5
     return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
@@ -203,7 +242,5 @@ class DicomReader(ItkFileReader):
         return all(path.is_dir() or path.suffix.lower() in DICOM_ENDINGS for path in paths)
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
-        if path.is_dir():
-            return *read_series(path, self.series), 3, ""
-        _require_grey(path, read_itk(path))
-        return super()._volume(path)
+        voxels, affine = read_series(path, self.series) if path.is_dir() else _read_files(path.name, [path])
+        return voxels, affine, 3, ""

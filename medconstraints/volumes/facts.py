@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-__all__ = ["facts_path", "mask_facts"]
+__all__ = ["facts_path", "mask_facts", "read_facts"]
 
 MOST_VOXELS = 1 << 26  # of a bounding box in which pieces are counted
 
@@ -23,6 +24,13 @@ def facts_path(mask: Path) -> Path:
         'knee_seg.nii.gz.json'
     """
     return mask.with_name(f"{mask.name}.json")  # with the ending: x.nii.gz and x.nrrd have a mask each
+
+
+def read_facts(mask: Path) -> dict[str, Any]:
+    """The facts beside a mask; empty where there are none."""
+    file = facts_path(mask)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def mask_facts(

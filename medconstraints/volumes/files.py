@@ -78,7 +78,10 @@ def _is_slice(path: Path) -> bool:
     suffix = path.suffix.lower()
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
-    return suffix in DICOM_ENDINGS or (not suffix.lstrip(".").strip("0123456789") and is_dicom(path))
+    try:
+        return suffix in DICOM_ENDINGS or (not suffix.lstrip(".").strip("0123456789") and is_dicom(path))
+    except OSError:  # it may not be read
+        return False
 
 
 def _left_out(path: Path, present: set[str], *, in_series: bool) -> str:
@@ -90,6 +93,8 @@ def _left_out(path: Path, present: set[str], *, in_series: bool) -> str:
         return "is the header of the .img file"
     if name.endswith(VOLUME_ENDINGS):
         return ""
+    if not os.access(path, os.R_OK):
+        return "may not be read"
     base = name.split(".")[0]
     if name.endswith((".raw", ".zraw", ".raw.gz")) and present & {f"{base}.mhd", f"{base}.nhdr"}:
         return "holds the voxels of the header beside it"

@@ -595,6 +595,20 @@ def test_weights_that_do_not_fit_give_no_masks(infer, volumes, trained, tmp_path
     assert not written(tmp_path / "masks")
 
 
+def test_going_on_with_other_weights_or_settings_is_refused(infer, trained, volumes, tmp_path):
+    masks = infer(volumes)
+    (masks / "RAS_seg.nii.gz").unlink()
+    before = (masks / "LPS_seg.nii.gz").read_bytes()
+    infer(volumes, resume=True)
+    assert (masks / "LPS_seg.nii.gz").read_bytes() == before and (masks / "RAS_seg.nii.gz").is_file()
+    state = torch.load(trained / "model.pt", weights_only=True)
+    torch.save({name: value + 0 for name, value in state.items()}, tmp_path / "other.pt")
+    for change in ({"ckpt_path": tmp_path / "other.pt"}, {"dense_crf": True}):
+        with pytest.raises(RuntimeError) as caught:
+            infer(volumes, resume=True, **change)
+        assert "were made with other weights or settings" in chain(caught.value)
+
+
 def test_what_contradicts_the_weights_is_refused_with_what_to_write(infer, trained, volumes, tmp_path):
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         infer(volumes, patch_size=[32, 32, 16], num_classes=3)

@@ -101,6 +101,35 @@ def test_masks_below_the_volumes_are_no_volumes(folder):
     assert names(items) == ["a.nii", "b.nii.gz", "c.1.nii.gz", "mask.nrrd", "sub/d.nii.gz"]
 
 
+def test_what_is_kept_is_whole_and_made_alike(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("b_seg.nii.gz", "a_seg.nii.gz"):
+        (out / name).write_bytes(b"work")
+    facts_path(out / "b_seg.nii.gz").write_text('{"made_by": "one"}')
+    items = volumes_for_inference(folder, output_dir=out, resume=True, made_by="one")
+    assert [item["name"] for item in items if "kept" in item] == ["b.nii.gz"]  # a.nii was cut off before its facts
+    with pytest.raises(FileExistsError, match=r"1 of 1 masks .* such as b_seg\.nii\.gz, were made with other"):
+        volumes_for_inference(folder, output_dir=out, resume=True, made_by="another")
+
+
+def test_a_file_that_may_not_be_read_stops_nothing(folder, monkeypatch):
+    (folder / "IM0001").write_bytes(b"x")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("medconstraints.volumes.files.is_dicom", denied)
+    monkeypatch.setattr("medconstraints.volumes.files.os.access", lambda path, mode: "IM0001" not in str(path))
+    items = {item["name"]: item.get("left_out", "") for item in volumes_for_inference(folder)}
+    assert items["IM0001"] == "may not be read" and items["a.nii"] == ""
+
+
+def test_a_missing_folder_of_slices_is_one_failure_of_a_list(folder, datalist):
+    items = volumes_for_inference(datalist({"test": ["a.nii", "gone/series"]}))
+    assert [item["name"] for item in items] == ["a.nii", "series"]
+
+
 def test_a_mask_must_not_replace_what_a_link_points_to(folder, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "b.nii.gz").symlink_to(folder / "b.nii.gz")
@@ -139,6 +168,7 @@ def test_going_on_keeps_what_is_there(folder, tmp_path):
     (tmp_path / "out" / "sub").mkdir(parents=True)
     for name in ("b_seg.nii.gz", "sub/d_seg.nii.gz", "inference.json"):
         (tmp_path / "out" / name).write_bytes(b"work")
+        facts_path(tmp_path / "out" / name).write_text("{}")
     items = volumes_for_inference(folder, output_dir=tmp_path / "out", resume=True)
     assert [item["name"] for item in items if "kept" in item] == ["b.nii.gz", "sub/d.nii.gz"]
     with pytest.raises(ValueError, match="overwrite, resume: expected one of them at most"):

@@ -116,6 +116,12 @@ def test_an_option_that_would_be_misread_stops_the_run(config_file, tmp_path, op
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_named_by_a_number_is_told_how_to_write_it(config_file, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        run(config_file=str(config_file), logging_file=False, output_dir=2024)
+    assert "--output_dir 2024: is passed on as a number; write --output_dir ./2024" in str(caught.value.__cause__)
+
+
 def test_all_faults_are_told_at_once(config_file, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         told(config_file, tmp_path, alpha="x", overwrite="true")

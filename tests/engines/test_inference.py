@@ -248,6 +248,17 @@ def test_a_failing_volume_keeps_no_mask_that_looks_new(make_evaluator, tmp_path,
     assert "bad2.nii.gz: its mask of a former run is now called bad2_seg.nii.gz.old" in caplog.text
 
 
+def test_the_facts_of_a_failing_volume_go_with_its_mask(make_evaluator, tmp_path):
+    for name in ("bad2_seg.nii.gz", "bad2_seg.nii.gz.json"):
+        (tmp_path / name).write_bytes(b"old")
+    make_evaluator(["1.nii.gz", "bad2.nii.gz"], output_dir=tmp_path).run()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "inference.json",
+        "bad2_seg.nii.gz.old",
+        "bad2_seg.nii.gz.json.old",
+    }
+
+
 def test_masks_stay_without_an_output_folder_or_with_another_postfix(make_evaluator, tmp_path):
     (tmp_path / "bad2_seg.nii.gz").write_bytes(b"old")
     make_evaluator(["1.nii", "bad2.nii.gz"]).run()

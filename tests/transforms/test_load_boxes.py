@@ -276,6 +276,10 @@ def test_boxes_of_several_files_and_of_a_folder_go_together(tmp_path):
     expected = [[1, 0, 2, 3, 4], [2, 1, 1, 5, 5]]
     for value in ([str(tmp_path / "one.csv"), str(tmp_path / "two.csv")], str(tmp_path)):
         assert LoadBoxesd()({"image": image, "boxes": value})["boxes"].tolist() == expected
+    (tmp_path / "two.csv").rename(tmp_path / "TWO.CSV")
+    (tmp_path / "._one.csv").write_text("a program's own")
+    found = LoadBoxesd()({"image": image, "boxes": str(tmp_path)})["boxes"].tolist()
+    assert sorted(found) == expected
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"boxes: no \.json or \.csv file in the folder empty"):
         LoadBoxesd()({"image": image, "boxes": tmp_path / "empty"})

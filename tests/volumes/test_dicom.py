@@ -19,7 +19,7 @@ def voxels(rng):
     return rng.integers(0, 1000, SHAPE).astype(np.int16)
 
 
-def write_slice(path, plane, position, *, uid="1.2.3", number=1, axes=TURN, spacing=SPACING):
+def write_slice(path, plane, position, *, uid="1.2.3", number=1, axes=TURN, spacing=SPACING, **more):
     image = sitk.GetImageFromArray(plane.T[None])
     image.SetSpacing([*spacing[:2], 1.0])
     tags = {
@@ -31,6 +31,8 @@ def write_slice(path, plane, position, *, uid="1.2.3", number=1, axes=TURN, spac
         "0020|0032": "\\".join(f"{value:.6f}" for value in position),
         "0020|0037": "\\".join(f"{value:.6f}" for value in axes[:, :2].T.ravel()),
         "0028|0030": f"{spacing[1]}\\{spacing[0]}",
+        "0018|0050": "5.0",
+        **{tag.replace("_", "|"): value for tag, value in more.items()},
     }
     for tag, value in tags.items():
         image.SetMetaData(tag, value)
@@ -105,6 +107,62 @@ def test_faults_name_the_files(tmp_path, voxels, damage, reason):
     damage(folder, voxels)
     with pytest.raises(VolumeError, match=f"^series: {reason}"):
         LoadVolumed("image")({"image": str(folder)})
+
+
+def test_one_slice_has_the_thickness_that_it_names(tmp_path, voxels):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    write_slice(folder / "a.dcm", voxels[..., 0], ORIGIN)
+    for path in (folder, folder / "a.dcm"):
+        read = LoadVolumed("image")({"image": str(path)})["image"]
+        np.testing.assert_array_equal(read[0], voxels[..., :1])
+        np.testing.assert_allclose(np.linalg.norm(read.affine[:3, :3], axis=0), [0.7, 0.9, 5.0], rtol=1e-5)
+        np.testing.assert_allclose(read.affine[:3, 3] * np.array([-1, -1, 1]), ORIGIN, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tag", "other", "reason"),
+    [
+        (b"\x20\x00\x32\x00", b"\x20\x00\x33\x00", r"has no place in the scanner \(tag 0020\|0032\)"),
+        (b"\x28\x00\x30\x00", b"\x28\x00\x35\x00", r"has no place in the scanner \(tag 0028\|0030\)"),
+        (b"MONOCHROME2", b"MONOCHROME1", "stores what is dark as large numbers"),
+        (b"\x18\x00\x50\x00", b"\x18\x00\x53\x00", "is one slice without a thickness"),
+    ],
+)
+def test_one_file_is_no_less_checked_than_many(tmp_path, voxels, tag, other, reason):
+    """What the writer would put there by itself is taken out of the bytes."""
+    path = tmp_path / "series" / "a.dcm"
+    path.parent.mkdir()
+    write_slice(path, voxels[..., 0], ORIGIN)
+    assert path.read_bytes().count(tag) == 1
+    path.write_bytes(path.read_bytes().replace(tag, other))
+    for place in (path.parent, path):
+        with pytest.raises(VolumeError, match=reason):
+            LoadVolumed("image")({"image": str(place)})
+
+
+def test_frames_without_places_are_refused(tmp_path, voxels):
+    image = sitk.GetImageFromArray(np.abs(voxels).astype(np.uint8).transpose(2, 1, 0))
+    sitk.WriteImage(image, str(tmp_path / "cine.dcm"))
+    with pytest.raises(VolumeError, match=r"cine\.dcm: holds 8 frames that have no place each"):
+        LoadVolumed("image")({"image": str(tmp_path / "cine.dcm")})
+
+
+def test_slices_of_several_scales_keep_their_values(tmp_path):
+    """The first one's values are never negative, and their type would wrap those of the others."""
+    (tmp_path / "series").mkdir()
+    planes = [np.arange(30).reshape(6, 5) - offset for offset in (0, 1000, 500)]
+    for number, (plane, kind) in enumerate(zip(planes, [np.uint16, np.int16, np.int16], strict=True)):
+        scale = {"0028_1052": "0" if number == 0 else "-1024", "0028_1053": "1"}
+        place = ORIGIN + number * 6.5 * TURN[:, 2]
+        write_slice(tmp_path / "series" / f"{number}.dcm", plane.astype(kind), place, number=number + 1, **scale)
+    np.testing.assert_array_equal(read_series(tmp_path / "series")[0], np.stack(planes, -1))
+
+
+def test_hidden_files_beside_a_series_are_none_of_it(tmp_path, voxels):
+    folder = write_series(tmp_path / "series", voxels)
+    (folder / "._000.dcm").write_bytes(b"a program's own")
+    np.testing.assert_array_equal(read_series(folder)[0], voxels)
 
 
 def test_a_leaning_stack_is_refused_with_its_angle(tmp_path, voxels):
