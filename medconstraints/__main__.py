@@ -74,7 +74,7 @@ COMMANDS = {
         "score saved masks against their references",
         "reports.evaluation:format_summary",
     ),
-    "report": Command("reports.page:write_report", "write a page and a picture of scored masks"),
+    "report": Command("reports.report:write_report", "write a page and a picture of scored masks"),
     "curves": Command(
         "reports.curves:read_curves", "summarise and draw the epochs of several runs", "reports.curves:format_curves"
     ),

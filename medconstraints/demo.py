@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medconstraints.reports.evaluation import evaluate_predictions, format_summary
-from medconstraints.reports.page import write_report
+from medconstraints.reports.report import write_report
 from medconstraints.synthetic.phantoms import make_cohort
 
 __all__ = ["run_demo"]

@@ -17,7 +17,7 @@ from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
 
 INFERENCE_REPORT = "inference.json"
-REPORTS = (INFERENCE_REPORT, "volumes.csv", "index.html", "settings.json")
+REPORTS = (INFERENCE_REPORT, "volumes.csv", "index.html", "index_pages", "settings.json")
 LONGEST_NAME = 255  # bytes, of most file systems
 
 

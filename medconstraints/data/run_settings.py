@@ -59,7 +59,15 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 # What does not change the mask of a volume: where it is and goes, and what becomes of others.
-FREE_IN_INFERENCE = FREE_TO_CHANGE | {"ckpt_path", "overwrite", "postfix", "resume", "section"}
+FREE_IN_INFERENCE = FREE_TO_CHANGE | {
+    "ckpt_path",
+    "overwrite",
+    "postfix",
+    "radiological",
+    "resume",
+    "section",
+    "viewer",
+}
 FREE_IN_TRAIN = frozenset({"handlers"})  # MONAI appends its tracking there; what they do has settings of its own
 FREE_IN_PARTS = frozenset({"cache_rate", "max_epochs", "num_workers"})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import logging
@@ -11,15 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from medconstraints.data.run_settings import write_settings
 from medconstraints.data.weights_card import outside_of, read_card
-from medconstraints.reports.planes import draw_planes
-from medconstraints.reports.render import render
+from medconstraints.reports.page import Row, write_page
 from medconstraints.volumes.facts import read_facts
-from medconstraints.volumes.files import read_voxels
 from medconstraints.writing import write_text
 
 __all__ = ["finish_inference", "write_inference_page", "write_inference_table"]
@@ -33,13 +27,14 @@ COLUMNS = (
 )
 
 
-def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path) -> None:
+def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path, **options: Any) -> None:
     """After an inference: write its settings, `volumes.csv` and `index.html`, and end with its exit status.
 
     Args:
         evaluator: `TolerantEvaluator`, after its run.
         output_dir: folder of the masks.
         weights: file of weights that the run read.
+        **options: `series`, `radiological` and `viewer` of `write_page`.
 
     Raises:
         SystemExit: 1 if a volume failed, 2 if all did; of several processes in the first.
@@ -49,7 +44,9 @@ def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path
     folder = Path(output_dir)
     write_settings(folder, weights)
     table = write_inference_table(folder / "volumes.csv", evaluator.rows, folder)
-    page = write_inference_page(folder / "index.html", evaluator.rows, folder, cohort=read_card(weights).get("cohort"))
+    page = write_inference_page(
+        folder / "index.html", evaluator.rows, folder, cohort=read_card(weights).get("cohort"), **options
+    )
     logger.info("masks: %s\ntable: %s\npage:  %s", folder, table, page)
     if evaluator.exit_status:
         raise SystemExit(evaluator.exit_status)
@@ -98,50 +95,44 @@ def flags_of(facts: Mapping[str, Any], cohort: Mapping[str, Any] | None = None) 
 
 
 def write_inference_page(
-    path: Path, rows: Sequence[Mapping[str, Any]], output_dir: Path, *, cohort: Mapping[str, Any] | None = None
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    output_dir: Path,
+    *,
+    cohort: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
-    """A page for all files, that needs no network: state, sizes, flags and a picture of each, sortable.
+    """A page for all files, that needs no network: state, sizes, flags, a picture of each and a viewer; sortable.
 
     Args:
         path: file to write.
         rows: of `TolerantEvaluator`.
         output_dir: folder of the masks, and of the facts beside them.
         cohort: of the training, see `cohort_of`.
+        **options: `series`, `radiological` and `viewer` of `write_page`.
     """
-    shown = []
-    for row in rows:
-        facts = read_facts(output_dir / row["mask"]) if row["mask"] else {}
-        sizes = {name: part["ml"] for name, part in facts.get("classes", {}).items()}
-        shown.append({**row, "sizes": sizes, "flags": flags_of(facts, cohort), "picture": _picture(row, output_dir)})
-    names = list(dict.fromkeys(name for row in shown for name in row["sizes"]))
-    states = {state: sum(row["state"] == state for row in shown) for state in ("done", "failed", "kept", "left out")}
-    bars = {name: _bars([row["sizes"][name] for row in shown if name in row["sizes"]]) for name in names}
-    title = f"Masks of {states['done'] + states['kept']} volumes"
-    page = render("inference.html", title=title, rows=shown, names=names, states=states, bars=bars)
-    return write_text(path, page)
-
-
-def _bars(values: Sequence[float]) -> list[tuple[float, float, int]]:
-    """Edges in ml and number of volumes of each bar of a histogram; none of fewer than three volumes."""
-    if len(values) < 3:
-        return []
-    counts, edges = np.histogram(values, min(10, len(values)))
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
-
-
-def _picture(row: Mapping[str, Any], output_dir: Path) -> str:
-    """Three planes as a data URL; empty where there is no mask, or its image is not to be read."""
-    if not row["mask"] or not row.get("image"):
-        return ""
-    try:
-        image, affine = read_voxels(Path(row["image"]))
-        mask, _ = read_voxels(output_dir / row["mask"])
-        png = draw_planes(_three_axes(image), _three_axes(mask).astype(np.uint8), affine)
-    except (OSError, ValueError, MemoryError) as error:
-        logger.warning("%s: no picture (%s)", row["name"], error)
-        return ""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _three_axes(voxels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return voxels.reshape([*voxels.shape, 1][:3]) if voxels.ndim < 3 else voxels.reshape(*voxels.shape[:3], -1)[..., 0]
+    facts = [read_facts(output_dir / row["mask"]) if row["mask"] else {} for row in rows]
+    sizes = [{name: part["ml"] for name, part in found.get("classes", {}).items()} for found in facts]
+    names = list(dict.fromkeys(name for found in sizes for name in found))
+    shown = [
+        Row(
+            name=row["name"],
+            state=row["state"],
+            image=Path(row["image"]) if row.get("image") else None,
+            mask=output_dir / row["mask"] if row["mask"] else None,
+            place=row["mask"],
+            cells=[f"{size[name]:.2f}" if name in size else "" for name in names],
+            reason=row["reason"],
+            flags=flags_of(found, cohort),
+            class_names={part["value"]: name for name, part in found.get("classes", {}).items()},
+        )
+        for row, found, size in zip(rows, facts, sizes, strict=True)
+    ]
+    return write_page(
+        path,
+        shown,
+        title=f"Masks of {sum(bool(row['mask']) for row in rows)} volumes",
+        columns=[f"{name} (ml)" for name in names],
+        measured={f"{name} (ml)": [found[name] for found in sizes if name in found] for name in names},
+        **options,
+    )

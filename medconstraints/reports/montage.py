@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from medconstraints.boxes import map_boxes
-from medconstraints.reports.planes import COLOURS
+from medconstraints.reports.planes import colour_of, window_of
 from medconstraints.reports.volumes import Volume, read_image, read_labels, require_same_grid
 
 if TYPE_CHECKING:
@@ -59,13 +59,14 @@ def montage(
     axis: int | None = None,
     max_cases: int = 4,
     class_names: Mapping[int, str] | None = None,
+    radiological: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Draw one row per case: image, image with boxes, prediction and reference, on one slice.
 
-    The slice is the one with the largest reference, else prediction, else the middle one. Everything is shown in RAS
-    orientation, x and y growing to the right and upwards; letters on the first panel name the directions. Grey values
-    span the 1st to 99th percentile of the slice. The resolution is lowered until the file is below 600 kB.
+    The slice is the one with the largest reference, else prediction, else the middle one. Anterior and superior are
+    above or on the right; letters on the first panel name the directions. Grey values span the 1st to 99th percentile
+    of the slice. The resolution is lowered until the file is below 600 kB.
 
     Args:
         cases: the first `max_cases` are drawn.
@@ -74,6 +75,7 @@ def montage(
             voxel spacing, of equals the one that runs closest to superior (then anterior).
         max_cases: number of rows at most.
         class_names: class number -> name in the legend; default `class 1` and so on.
+        radiological: show the patient's right on the left.
         overwrite: replace an existing file.
 
     Returns:
@@ -96,7 +98,7 @@ def montage(
         raise ValueError(f"axis: expected None, 0, 1 or 2 (of R, A, S), got {axis!r}.")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output_png: {output} exists; choose another name, or set overwrite.")
-    figure = _figure([_cut(case, axis) for case in cases[:max_cases]], class_names or {})
+    figure = _figure([_cut(case, axis) for case in cases[:max_cases]], class_names or {}, radiological)
     for dpi in (150, 120, 100, 80, 60, 40):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"optimize": True})
@@ -174,7 +176,7 @@ def _rectangles(boxes: Any, stored: Volume, image: Volume, axis: int, index: int
     return np.concatenate([met[:, :1], start - 0.5, stop - start], axis=1)
 
 
-def _figure(rows: Sequence[_Row], class_names: Mapping[int, str]) -> Figure:
+def _figure(rows: Sequence[_Row], class_names: Mapping[int, str], radiological: bool) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
@@ -185,14 +187,16 @@ def _figure(rows: Sequence[_Row], class_names: Mapping[int, str]) -> Figure:
     figure = Figure(figsize=size, facecolor="white", layout=ConstrainedLayoutEngine(h_pad=0.08))
     parts: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[*heights, _TEXT_INCHES])
     for part, row in zip(parts, rows, strict=False):
-        _draw_row(part, row)
+        _draw_row(part, row, mirrored=radiological and row.axis != 0)
     if numbers := sorted(set().union(*(row.classes for row in rows))):
-        handles = [Patch(color=_colour(number), label=class_names.get(number, f"class {number}")) for number in numbers]
+        handles = [
+            Patch(color=colour_of(number), label=class_names.get(number, f"class {number}")) for number in numbers
+        ]
         parts[-1].legend(handles=handles, loc="center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
     return figure
 
 
-def _draw_row(figure: SubFigure, row: _Row) -> None:
+def _draw_row(figure: SubFigure, row: _Row, *, mirrored: bool) -> None:
     from matplotlib.patches import Rectangle
 
     scores = ", ".join(f"{name} {value:.3f}" for name, value in (row.case.dice or {}).items())
@@ -200,22 +204,23 @@ def _draw_row(figure: SubFigure, row: _Row) -> None:
     # Names come from files; a "$" in one is no formula.
     figure.suptitle(heading.replace("$", r"\$"), x=0.01, ha="left", fontsize=9, fontweight="bold")
     panels = figure.subplots(1, len(COLUMNS))
-    low, high = np.percentile(row.image, (1, 99))
+    low, high = window_of(row.image)
     for panel, title in zip(panels, COLUMNS, strict=True):
-        panel.imshow(row.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower")
+        panel.imshow(row.image, cmap="gray", vmin=low, vmax=high, origin="lower")
         panel.set_title(title, fontsize=8)
         panel.set_axis_off()
-    _letters(panels[0], row.axis)
+    _letters(panels[0], row.axis, mirrored=mirrored)
     if row.rectangles is None:
         _write(panels[1], "no boxes", 0.5, 0.04)
     for number, x, y, width, height in [] if row.rectangles is None else row.rectangles:
-        colour = _colour(int(number))
+        colour = colour_of(int(number))
         panels[1].add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=1.3))
     for panel, what in zip(panels[2:], ("prediction", "reference"), strict=True):
         _overlay(panel, row.masks[what], f"no {what}")
     for panel in panels:
         # Overlays drawn later would otherwise reset the aspect and the limits.
-        panel.set(aspect=row.aspect, xlim=(-0.5, row.image.shape[1] - 0.5), ylim=(-0.5, row.image.shape[0] - 0.5))
+        ends = (row.image.shape[1] - 0.5, -0.5) if mirrored else (-0.5, row.image.shape[1] - 0.5)
+        panel.set(aspect=row.aspect, xlim=ends, ylim=(-0.5, row.image.shape[0] - 0.5))
 
 
 def _overlay(axes: Axes, mask: np.ndarray | None, missing: str) -> None:
@@ -227,16 +232,17 @@ def _overlay(axes: Axes, mask: np.ndarray | None, missing: str) -> None:
     for number in (int(value) for value in np.unique(mask) if value > 0):
         inside = mask == number
         tint = np.zeros((*inside.shape, 4))
-        tint[inside] = to_rgba(_colour(number), 0.35)
+        tint[inside] = to_rgba(colour_of(number), 0.35)
         axes.imshow(tint, origin="lower", interpolation="nearest", aspect="auto")
         # A rim of zeros closes the outline of what touches the border; its voxels are at -1 .. n.
         height, width = inside.shape
         grid = np.arange(-1, width + 1), np.arange(-1, height + 1)
-        axes.contour(*grid, np.pad(inside.astype(float), 1), levels=[0.5], colors=[_colour(number)], linewidths=1.0)
+        axes.contour(*grid, np.pad(inside.astype(float), 1), levels=[0.5], colors=[colour_of(number)], linewidths=1.0)
 
 
-def _letters(axes: Axes, axis: int) -> None:
+def _letters(axes: Axes, axis: int, *, mirrored: bool) -> None:
     (left, right), (bottom, top) = (_LETTERS[other] for other in range(3) if other != axis)
+    left, right = (right, left) if mirrored else (left, right)
     for letter, x, y in ((left, 0.04, 0.5), (right, 0.96, 0.5), (bottom, 0.5, 0.04), (top, 0.5, 0.96)):
         _write(axes, letter, x, y)
 
@@ -247,7 +253,3 @@ def _write(axes: Axes, text: str, x: float, y: float) -> None:
     # the dark rim keeps white text readable on a bright image
     drawn = axes.text(x, y, text, transform=axes.transAxes, ha="center", va="center")
     drawn.set(color="white", fontsize=7, path_effects=[withStroke(linewidth=1.5, foreground="black")])
-
-
-def _colour(number: int) -> str:
-    return COLOURS[(number - 1) % len(COLOURS)]

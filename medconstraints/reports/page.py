@@ -1,177 +1,152 @@
-"""A report of a run as one small HTML page: scores per volume, notes, a picture, and the command that made them.
+"""One page for many volumes: what became of each, sizes or scores, what to look at, a picture and a viewer.
 
-The page stands in page.html. The command is `report`.
+An inference and an evaluation end with it. It stands in page.html.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import shlex
+import logging
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-from medconstraints.boxes import label_to_boxes, map_boxes
-from medconstraints.reports.datalist import Entry, find_predictions, read_class_names, read_section
-from medconstraints.reports.montage import ReportCase, montage
+from medconstraints.reports.planes import draw_planes
 from medconstraints.reports.render import render
-from medconstraints.reports.tables import read_results
-from medconstraints.reports.volumes import read_image, read_labels
+from medconstraints.reports.viewer import write_viewer
+from medconstraints.reports.volumes import read_image, read_labels, require_same_grid
+from medconstraints.writing import write_text
 
-__all__ = ["choose_cases", "render_page", "write_report"]
+__all__ = ["Row", "pages_folder", "write_page"]
 
-# Heading, key and digits of what is shown of each structure.
-MEASURES = (
-    ("Dice", "dice", 3),
-    ("HD95 (mm)", "hd95_mm", 2),
-    ("Prediction (ml)", "volume_ml_prediction", 2),
-    ("Reference (ml)", "volume_ml_reference", 2),
-)
-CAPTION = (
-    "{} of {} volumes scored. HD95 is the larger of the two directed 95th percentiles of the surface distance; it is "
-    "undefined where a mask is empty. Last row: mean (sample standard deviation) over the volumes."
-)
-CHOICE = "The pictures show volumes spread from the worst to the best mean Dice."
+logger = logging.getLogger(__name__)
+
+HEADER_TOLERANCE = 0.5  # mm between image and mask: headers of public data differ a little; scores use the strict check
 
 
-def write_report(
+@dataclass
+class Row:
+    """What the page says of one volume.
+
+    Attributes:
+        name: by which people know it.
+        state: such as "done".
+        image: its file, or folder of DICOM slices; None where there is nothing to show.
+        mask: the prediction.
+        reference: of an evaluation.
+        place: path of its viewer from the folder of viewers, without an ending.
+        cells: text of each column.
+        reason: why there is no mask.
+        flags: what a person should look at.
+        class_names: class number -> name of those that are not called by their number.
+    """
+
+    name: str
+    state: str
+    image: Path | None = None
+    mask: Path | None = None
+    reference: Path | None = None
+    place: str = ""
+    cells: Sequence[str] = ()
+    reason: str = ""
+    flags: Sequence[str] = ()
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+
+def pages_folder(page: Path) -> Path:
+    """Folder of the viewers that belong to a page.
+
+    Example:
+        >>> pages_folder(Path("masks/index.html")).as_posix()
+        'masks/index_pages'
+    """
+    return page.with_name(f"{page.stem}_pages")
+
+
+def write_page(
+    path: Path,
+    rows: Sequence[Row],
     *,
-    datalist: str | Path,
-    section: str,
-    predictions: str | Path,
-    results: str | Path,
-    output: str | Path,
-    picture: str | Path,
-    boxes_axis: int | None = None,
-    title: str | None = None,
+    title: str,
+    columns: Sequence[str],
     notes: Sequence[str] = (),
-    max_cases: int = 4,
-    base_dir: str | Path | None = None,
-    suffix: str = "_seg",
-    overwrite: bool = False,
-) -> str:
-    """Draw a few scored volumes, and write one page about all of them, self-contained and without scripts.
+    summary: Sequence[str] = (),
+    measured: Mapping[str, Sequence[float]] | None = None,
+    made: Mapping[str, str] | None = None,
+    picture_png: bytes | None = None,
+    series: str | None = None,
+    radiological: bool = True,
+    viewer: bool = True,
+) -> Path:
+    """Write the page, and beside it a folder with a viewer for each volume that has an image and a mask.
 
     Args:
-        datalist: JSON list with {image, label} entries.
-        section: of the list, such as test.
-        predictions: folder with the saved masks.
-        results: JSON file of the command evaluation.
-        output: HTML file to write.
-        picture: PNG file to write and embed.
-        boxes_axis: axis of R, A, S across which every slice has its boxes; None for one box per component.
-        title: heading of the page; None for the names of the list and the section.
-        notes: sentences for the page.
-        max_cases: rows of the picture.
-        base_dir: folder the list's paths start from; None for the list's own.
-        suffix: what was appended to the image's name.
-        overwrite: replace existing outputs.
-
-    Returns:
-        The paths of the picture and of the page.
-
-    Raises:
-        FileExistsError: an output exists and `overwrite` is False.
-        FileNotFoundError: a file is missing.
-        ValueError: `results` do not hold the volumes of this section, or see `montage`.
+        path: file to write.
+        rows: the volumes.
+        title: heading.
+        columns: heading of each cell of a row.
+        notes: sentences above the table.
+        summary: a last row, a text for each column.
+        measured: name with unit -> values, shown as histograms; of fewer than three values none is.
+        made: what the page tells of how it was made.
+        picture_png: a picture below the table.
+        series: of DICOM folders that hold several, as they were read.
+        radiological: show the patient's right on the left.
+        viewer: write the viewers, of up to some 10 MB each.
     """
-    for name, file in (("output", output), ("picture", picture)):
-        if Path(file).exists() and not overwrite:
-            raise FileExistsError(f"--{name}: {file} exists; choose another name or add --overwrite")
-    scores = read_results(results)
-    entries = read_section(datalist, section, base_dir=base_dir)
-    masks = find_predictions(entries, predictions, suffix=suffix)
-    cases = choose_cases(entries, masks, scores, slice_axis=boxes_axis, max_cases=max_cases)
-    names = read_class_names(datalist)
-    drawn = montage(cases, picture, axis=boxes_axis, max_cases=max_cases, class_names=names, overwrite=overwrite)
-    title = title or f"{Path(datalist).stem}, {section}"
-    page = render_page(scores, title=title, notes=[*notes, CHOICE], picture_png=drawn.read_bytes())
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text(page, encoding="utf-8")
-    return f"{picture}\n{output}"
-
-
-def render_page(
-    results: Mapping[str, Any], *, title: str, notes: Sequence[str] = (), picture_png: bytes | None = None
-) -> str:
-    """The page of what `evaluate_predictions` returned: a row per volume, a summary row, command, time and versions."""
-    rows: list[dict[str, Any]] = []
-    for case in results["cases"]:
-        scores = [case.get(name, {}) for name in results["summary"]]
-        cells = [_number(score.get(key), digits) for score in scores for _, key, digits in MEASURES]
-        rows.append({"name": case["name"], "reason": case.get("reason"), "cells": cells})
-    summary = []
-    for row in results["summary"].values():
-        undefined = f", {row['hd95_undefined']} undefined" if row["hd95_undefined"] else ""
-        summary += [_mean_sd(row, "dice", 3), _mean_sd(row, "hd95_mm", 2) + undefined, "", ""]
-    return render(
+    shown = []
+    for row in rows:
+        drawn, link = _look(row, path, series=series, radiological=radiological, viewer=viewer)
+        shown.append({"row": row, "picture": drawn, "link": link})
+    bars = {name: found for name, values in (measured or {}).items() if (found := _bars(values))}
+    counts = {state: sum(row.state == state for row in rows) for state in dict.fromkeys(row.state for row in rows)}
+    picture = None if picture_png is None else base64.b64encode(picture_png).decode("ascii")
+    page = render(
         "page.html",
-        title=title,
-        notes=notes,
-        caption=CAPTION.format(sum(row["reason"] is None for row in rows), len(rows)),
-        structures=list(results["summary"]),
-        measures=[measure for measure, _, _ in MEASURES],
-        rows=rows,
-        summary=summary,
-        picture=None if picture_png is None else base64.b64encode(picture_png).decode("ascii"),
-        command=shlex.join(results["provenance"]["command"]),
-        provenance=results["provenance"],
-        settings=json.dumps(results["settings"], indent=1) if results.get("settings") else None,
+        **{"title": title, "notes": notes, "counts": counts, "bars": bars, "columns": columns, "rows": shown},
+        **{"summary": summary, "picture": picture, "made": made or {}},
+        side="left" if radiological else "right",
+        dashed=any(row.reference for row in rows),
     )
+    return write_text(path, page)
 
 
-def choose_cases(
-    entries: Sequence[Entry],
-    predictions: Mapping[str, Path | None],
-    results: Mapping[str, Any],
-    *,
-    slice_axis: int | None = None,
-    max_cases: int = 4,
-) -> list[ReportCase]:
-    """Up to `max_cases` volumes, spread evenly from the worst to the best mean Dice, unscored ones first.
-
-    Boxes are those of the reference's connected components, or of every slice across `slice_axis`:
-    0, 1, 2 for sagittal, coronal, axial slices, as in training after orientation to RAS.
-
-    Raises:
-        ValueError: when `results` do not hold the volumes.
-    """
-    scored = {case["name"]: case for case in results["cases"]}
-    if unknown := [entry.name for entry in entries if entry.name not in scored]:
-        raise ValueError(f"results: no row for {unknown[:5]}; score this section of this list first.")
-    dice = {
-        name: {structure: case[structure]["dice"] for structure in results["summary"] if structure in case}
-        for name, case in scored.items()
-    }
-    ranked = sorted(entries, key=lambda entry: np.mean(list(dice[entry.name].values()) or [-1.0]))
-    chosen = np.unique(np.linspace(0, len(ranked) - 1, min(max_cases, len(ranked))).round().astype(int))
-    return [
-        ReportCase(
-            name=entry.name,
-            image=entry.image,
-            prediction=predictions[entry.name],
-            reference=entry.label,
-            boxes=_boxes(entry, slice_axis),
-            dice=dice[entry.name] or None,
-        )
-        for entry in (ranked[position] for position in chosen)
-    ]
+def _look(row: Row, page: Path, *, series: str | None, radiological: bool, viewer: bool) -> tuple[str, str]:
+    """Three planes as a data URL, and the path of the viewer; empty where there is nothing to show."""
+    if row.image is None or row.mask is None:
+        return "", ""
+    try:
+        image = read_image(row.image, series=series).canonical()
+        masks = {}
+        for name, file in (("Prediction", row.mask), ("Reference", row.reference)):
+            if file is not None:
+                labels = read_labels(file, name.lower()).canonical()
+                require_same_grid(labels, image, tolerance=HEADER_TOLERANCE)
+                masks[name] = labels.data.astype(np.uint8)
+        options: dict[str, Any] = {"reference": masks.get("Reference"), "radiological": radiological}
+        png, link = draw_planes(image.data, masks["Prediction"], image.affine, **options), ""
+        if viewer:
+            file = pages_folder(page) / f"{row.place}.html"
+            values = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} - {0})
+            names = {value: row.class_names.get(value, f"class {value}") for value in values}
+            write_viewer(
+                file, image.data, masks["Prediction"], image.affine, title=row.name, class_names=names, **options
+            )
+            link = quote(os.fsencode(file.relative_to(page.parent).as_posix()))
+    except (OSError, ValueError, MemoryError) as error:
+        logger.warning("%s: no picture (%s)", row.name, error)
+        return "", ""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}", link
 
 
-def _boxes(entry: Entry, slice_axis: int | None) -> Any:
-    """Boxes of a reference, drawn in RAS as the training does, in voxels of the image as it is stored."""
-    labels = read_labels(entry.label, "reference").canonical()
-    boxes = label_to_boxes(labels.data, slice_axis=slice_axis)
-    return map_boxes(boxes, labels.affine, read_image(entry.image).affine, tolerance=0.01)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "undefined" if value is None else f"{value:.{digits}f}"
-
-
-def _mean_sd(summary: Mapping[str, Any], key: str, digits: int) -> str:
-    mean, sd = summary[f"{key}_mean"], summary[f"{key}_sd"]
-    return _number(mean, digits) + ("" if mean is None or sd is None else f" ({sd:.{digits}f})")
+def _bars(values: Sequence[float]) -> list[tuple[float, float, int]]:
+    """Edges and number of volumes of each bar of a histogram; none of fewer than three values."""
+    if len(values) < 3:
+        return []
+    counts, edges = np.histogram(values, min(10, len(values)))
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))

@@ -45,14 +45,18 @@ class Volume:
         return Volume(self.path, nib.orientations.apply_orientation(data, turn), affine)
 
 
-def read_image(path: str | Path) -> Volume:
+def read_image(path: str | Path, *, series: str | None = None) -> Volume:
     """Read an intensity volume as float32; of several channels (a fourth axis) the first is taken.
+
+    Args:
+        path: file, or folder of DICOM slices.
+        series: of a folder that holds several.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is no volume of 2 to 4 axes.
     """
-    volume = _load(Path(path), "image")
+    volume = _load(Path(path), "image", series)
     data = volume.data[..., 0] if volume.data.ndim == 4 else volume.data
     if data.ndim not in (2, 3):
         raise ValueError(
@@ -94,9 +98,9 @@ def require_same_grid(volume: Volume, reference: Volume, *, tolerance: float = G
         raise ValueError(f"{volume.path.name} and {reference.path.name} have different affines: {apart}; {advice}")
 
 
-def _load(path: Path, what: str) -> Volume:
+def _load(path: Path, what: str, series: str | None = None) -> Volume:
     try:
-        data, affine = read_voxels(path)
+        data, affine = read_voxels(path, series)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what}: no file {path}; check the data list and its base folder.") from error
     except VolumeError as error:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from medconstraints.reports.inference import finish_inference, write_inference_page, write_inference_table
-from medconstraints.reports.planes import COLOURS, draw_planes
+from medconstraints.reports.planes import colour_of, draw_planes
 
 EVIL = '=cmd|"<script>alert(1)</script>.nii'
 
@@ -45,11 +45,13 @@ def test_table(tmp_path, rows):
 
 def test_page(tmp_path, rows):
     page = write_inference_page(tmp_path / "out" / "index.html", rows, tmp_path / "out").read_text()
+    [link] = re.findall(r'href="([^"]+)"', page)
+    assert (tmp_path / "out" / link).is_file() and link == "index_pages/sub/a_seg.nii.gz.html"
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "<b>truncated" not in page
     assert not re.search(r"(src|href)=[\"']?(http|//)", page) and str(tmp_path) not in page
     for flag in ("organ: 3 pieces", "organ: touches the border", "low confidence, 0.61", "odd header"):
         assert flag in page
-    assert "1 done, 1 failed, 0 kept, 0 left out." in re.sub(r"\s+", " ", page)
+    assert "1 done, 1 failed." in re.sub(r"\s+", " ", page)
     [picture] = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert Image.open(io.BytesIO(base64.b64decode(picture))).height == 160
 
@@ -61,8 +63,8 @@ def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
         (tmp_path / "out" / f"{number}_seg.nii.json").write_text(json.dumps(facts))
         rows.append({"name": f"{number}.nii", "state": "done", "reason": "", "mask": f"{number}_seg.nii"})
     page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text()
-    told = [int(count) for count in re.findall(r" ml: (\d+)</title>", page)]
-    assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist() and "0.12 to 9.2 ml" in page
+    told = [int(count) for count in re.findall(r"[\d.]+ to [\d.]+: (\d+)</title>", page)]
+    assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist() and "organ (ml): volumes of 0.12 to 9.2" in page
 
 
 @pytest.mark.parametrize(("states", "status"), [(["done"], None), (["done", "failed"], 1), (["failed"], 2)])
@@ -90,7 +92,7 @@ def test_planes_show_right_on_the_left_whatever_the_file(axcodes, radiological):
     affine = nib.orientations.inv_ornt_aff(turn, ras.shape)
     png = draw_planes(stored, (stored > 0).astype(np.uint8), affine, radiological=radiological)
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-    colour = np.array([int(COLOURS[0][start : start + 2], 16) for start in (1, 3, 5)])
+    colour = np.array([int(colour_of(1)[start : start + 2], 16) for start in (1, 3, 5)])
     axial_width, coronal_width = round(160 * 20 / 16), round(160 * 20 / 12)
     for left, width in ((0, axial_width), (axial_width + 4, coronal_width)):
         rows, columns = np.nonzero((picture[:, left : left + width] == colour).all(-1))

@@ -1,7 +1,8 @@
-"""The page of a run: its table, that all text is escaped, which volumes it shows, and the command."""
+"""The page of an evaluation: its table, that all text is escaped, which volumes it shows, and the command."""
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from medconstraints.__main__ import main
 from medconstraints.reports import evaluation
 from medconstraints.reports.datalist import find_predictions, read_section
-from medconstraints.reports.page import choose_cases, render_page
+from medconstraints.reports.report import choose_cases, write_report
 
-VOID = {"meta", "img", "col", "br", "link", "input"}
+VOID = {"meta", "img", "col", "br", "link", "input", "rect"}
 HOSTILE = "<script>alert('x')</script> & \"co\""
 
 
@@ -50,40 +51,48 @@ def results(study, monkeypatch):
     return evaluation.evaluate_predictions("data/list.json", "test", "out", structures={"head": [1], "tail": [2]})
 
 
-def columns_of(rows):
-    return [sum(int(attributes.get("colspan", 1)) for attributes in row) for row in rows]
+def page_of(study, results, **options):
+    (study / "r.json").write_text(json.dumps(results))
+    options = {"datalist": "data/list.json", "predictions": "out", "viewer": False, **options}
+    write_report(section="test", results="r.json", output="r.html", picture="m.png", overwrite=True, **options)
+    return (study / "r.html").read_text()
 
 
-def test_page_of_results(results):
-    text = render_page(results, title="T", picture_png=b"\x89PNG...")
+def test_page_of_results(study, results):
+    text = page_of(study, results)
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert page.all("html") == [{"lang": "en"}]
-    (image,) = page.all("img")
-    assert image["src"].startswith("data:image/png;base64,")
-    assert image["alt"]
-    assert all(attributes.get("scope") in ("col", "colgroup", "row") for attributes in page.all("th"))
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    *planes, large = page.all("img")
+    assert len(planes) == 2 and "The large picture" in text  # of the volumes with a mask
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in [*planes, large])
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    assert not {"link", "iframe", "a"} & {tag for tag, _ in page.tags}
     assert "http:" not in text and "https:" not in text
     cells = {"0.800", "1.60", "undefined", "0.400 (0.566)", "1.60, 1 undefined", "no prediction case_002_seg.nii.gz"}
-    assert cells <= {*page.text("td")}
-    assert any(caption.startswith("2 of 3 volumes scored") for caption in page.text("caption"))
+    assert cells <= {*page.text("td")} and "2 scored, 1 failed." in page.text("li")
+    assert page.text("button") == ["Volume", "State"] + [
+        f"{structure} {measure}"
+        for structure in ("head", "tail")
+        for measure in ("Dice", "HD95 (mm)", "prediction (ml)", "reference (ml)")
+    ] + ["To look at"]
     assert "Settings" not in text
-    for part in ("tbody", "tfoot"):  # rows span equal columns
+    for part in ("tbody", "tfoot"):  # rows have equal columns
         rows = text.split(f"<{part}>")[1].split(f"</{part}>")[0].split("<tr>")[1:]
-        cells = [Page("<tr>" + row.strip()) for row in rows]
-        assert columns_of([[a for tag, a in row.tags if tag in ("td", "th")] for row in cells]) == [9] * len(rows)
+        cells = [len([tag for tag, _ in Page("<tr>" + row.strip()).tags if tag in ("td", "th")]) for row in rows]
+        assert cells == [12] * len(rows)
 
 
-def test_everything_is_escaped(results):
-    hostile = json.loads(json.dumps(results).replace("case_00", "&lt;<i>case_00").replace('"head"', '"<b>head"'))
+def test_everything_is_escaped(study, results):
+    hostile = json.loads(json.dumps(results).replace('"head"', '"<b>head"'))
     hostile["provenance"]["command"] = ["python", HOSTILE]
     hostile["settings"] = {"settings": {"name": HOSTILE}}
-    page = Page(render_page(hostile, title=HOSTILE, notes=[HOSTILE]))
-    assert not {"script", "i", "b"} & {tag for tag, _ in page.tags}
-    assert page.text("h1") == page.text("title") == page.text("li") == [HOSTILE]
-    assert "&lt;<i>case_000" in page.text("th")
-    assert "alert" in page.text("pre")[0]
+    hostile["cases"][2]["reason"] = HOSTILE
+    page = Page(page_of(study, hostile, title=HOSTILE, notes=[HOSTILE]))
+    assert not {"i", "b"} & {tag for tag, _ in page.tags} and len(page.all("script")) == 1
+    assert page.text("h1") == page.text("title") == [HOSTILE] and page.text("li")[1] == HOSTILE
+    assert "<b>head Dice" in page.text("button") and HOSTILE in page.text("td")
+    assert all("alert" in text for text in page.text("pre")[:4:3])
 
 
 def cases_of(results, datalist="data/list.json", predictions="out", **options):
@@ -106,7 +115,9 @@ def test_command(study, results, capsys):
     assert capsys.readouterr().out.split() == ["o/m.png", "o/r.html"]
     page = Page((study / "o" / "r.html").read_text())
     assert page.text("h1") == ["list, test"] and page.all("img")
-    assert page.text("li")[0] == "Boxes of every slice, and more."
+    assert page.text("li")[1] == "Boxes of every slice, and more."
+    links = [study / "o" / link["href"] for link in page.all("a")]
+    assert [link.name for link in links] == ["case_000.html", "case_001.html"] and all(map(Path.is_file, links))
     before = (study / "o" / "r.html").read_bytes()
     assert main(command) == 2
     assert "--output: o/r.html exists" in capsys.readouterr().err
