@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import os
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
@@ -151,7 +152,8 @@ def _check_file(path: Path) -> None:
     """Refuse a file that is missing, empty or, for NIfTI, not one or not complete."""
     name = path.name
     if not path.exists():
-        raise VolumeError(f"{name}: no such file ({path}); check the data list and its base folder.") from (
+        what = "is a link that leads nowhere" if os.path.islink(path) else f"no such file ({path})"
+        raise VolumeError(f"{name}: {what}; check the data list and its base folder.") from (
             FileNotFoundError(f"no such file: {path}")
         )
     if path.is_dir():

@@ -64,7 +64,8 @@ def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
         rows.append({"name": f"{number}.nii", "state": "done", "reason": "", "mask": f"{number}_seg.nii"})
     page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text()
     told = [int(count) for count in re.findall(r"[\d.]+ to [\d.]+: (\d+)</title>", page)]
-    assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist() and "organ (ml): volumes of 0.12 to 9.2" in page
+    assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist()
+    assert "organ (ml): volumes of 0.12 to 9.2" in page
 
 
 @pytest.mark.parametrize(("states", "status"), [(["done"], None), (["done", "failed"], 1), (["failed"], 2)])
