@@ -93,7 +93,7 @@ class SaflexReportHandler:
         if idist.get_rank():
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with (self.output_dir / "saflex.csv").open("w", newline="") as file:
+        with (self.output_dir / "saflex.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["epoch", *rows[0]])
             writer.writeheader()
             writer.writerows({"epoch": engine.state.epoch, **row} for row in rows)

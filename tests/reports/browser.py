@@ -16,12 +16,12 @@ def browse(page: Path, folder: Path, script: str = "") -> tuple[str, list[str]]:
     copy = page
     if script:  # beside the page, so that its links lead where they led
         copy = page.with_name(f"run_{page.name}")
-        start, end, rest = page.read_text().rpartition("</body>")  # the viewer's own text has one too
-        copy.write_text(f"{start}<script>{script}</script>{end}{rest}")
+        start, end, rest = page.read_text("utf-8").rpartition("</body>")  # the viewer's own text has one too
+        copy.write_text(f"{start}<script>{script}</script>{end}{rest}", "utf-8")
     options = ["--headless", "--no-sandbox", "--no-first-run", "--disable-sync", "--disable-background-networking"]
     options += ["--disable-component-update", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     options += ["--ignore-gpu-blocklist", "--enable-logging=stderr", "--virtual-time-budget=30000", "--dump-dom"]
     options += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", copy.as_uri()]
-    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([CHROMIUM, *options], capture_output=True, encoding="utf-8", timeout=120, check=True)
     told = [line.split("CONSOLE", 1)[1] for line in done.stderr.splitlines() if "CONSOLE" in line]
     return re.sub(r"<script>.*?</script>", "", done.stdout, flags=re.DOTALL), told

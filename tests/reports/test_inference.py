@@ -37,14 +37,14 @@ def rows(tmp_path, rng):
 
 def test_table(tmp_path, rows):
     path = write_inference_table(tmp_path / "out" / "volumes.csv", rows, tmp_path / "out")
-    first, second = csv.DictReader(io.StringIO(path.read_text()))
+    first, second = csv.DictReader(io.StringIO(path.read_text("utf-8")))
     assert (first["class"], float(first["ml"]), float(first["anterior_mm"])) == ("organ", 0.12, 1.5)
     assert (first["pieces"], first["at_border"], first["notes"]) == ("3", "True", "odd header")
     assert second["name"] == f"'{EVIL}" and second["reason"] == "is <b>truncated</b>" and second["class"] == ""
 
 
 def test_page(tmp_path, rows):
-    page = write_inference_page(tmp_path / "out" / "index.html", rows, tmp_path / "out").read_text()
+    page = write_inference_page(tmp_path / "out" / "index.html", rows, tmp_path / "out").read_text("utf-8")
     [link] = re.findall(r'href="([^"]+)"', page)
     assert (tmp_path / "out" / link).is_file() and link == "index_pages/sub/a_seg.nii.gz.html"
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "<b>truncated" not in page
@@ -57,12 +57,12 @@ def test_page(tmp_path, rows):
 
 
 def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
-    assert "<svg" not in write_inference_page(tmp_path / "one.html", rows, tmp_path / "out").read_text()
+    assert "<svg" not in write_inference_page(tmp_path / "one.html", rows, tmp_path / "out").read_text("utf-8")
     for number, ml in enumerate((1.0, 1.1, 9.0, 9.2)):
         facts = {"classes": {"organ": {"value": 1, "voxels": 10, "ml": ml}}}
         (tmp_path / "out" / f"{number}_seg.nii.json").write_text(json.dumps(facts))
         rows.append({"name": f"{number}.nii", "state": "done", "reason": "", "mask": f"{number}_seg.nii"})
-    page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text()
+    page = write_inference_page(tmp_path / "many.html", rows, tmp_path / "out").read_text("utf-8")
     told = [int(count) for count in re.findall(r"[\d.]+ to [\d.]+: (\d+)</title>", page)]
     assert told == np.histogram([0.12, 1.0, 1.1, 9.0, 9.2], 5)[0].tolist()
     assert "organ (ml): volumes of 0.12 to 9.2" in page

@@ -55,7 +55,7 @@ def page_of(study, results, **options):
     (study / "r.json").write_text(json.dumps(results))
     options = {"datalist": "data/list.json", "predictions": "out", "viewer": False, **options}
     write_report(section="test", results="r.json", output="r.html", picture="m.png", overwrite=True, **options)
-    return (study / "r.html").read_text()
+    return (study / "r.html").read_text("utf-8")
 
 
 def test_page_of_results(study, results):
@@ -113,7 +113,7 @@ def test_command(study, results, capsys):
     command += ["--results", "r.json", "--output", "o/r.html", "--picture", "o/m.png"]
     assert main([*command, "--boxes-axis", "2", "--notes", "Boxes of every slice, and more."]) == 0
     assert capsys.readouterr().out.split() == ["o/m.png", "o/r.html"]
-    page = Page((study / "o" / "r.html").read_text())
+    page = Page((study / "o" / "r.html").read_text("utf-8"))
     assert page.text("h1") == ["list, test"] and page.all("img")
     assert page.text("li")[1] == "Boxes of every slice, and more."
     links = [study / "o" / link["href"] for link in page.all("a")]

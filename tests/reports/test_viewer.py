@@ -39,7 +39,7 @@ def test_voxels_are_those_of_the_file(tmp_path, case):
     image, mask = case
     page = write_viewer(
         tmp_path / "x.html", image, mask, AFFINE, title=HOSTILE, class_names={1: HOSTILE, 3: "tail"}, reference=mask
-    ).read_text()
+    ).read_text("utf-8")
     assert HOSTILE not in page and "niivue" in page and not re.search(r"(src|href)=[\"']?(http|//)", page)
     data = data_of(page)
     shown = volume_of(data["image"])
@@ -59,7 +59,7 @@ def test_voxels_are_those_of_the_file(tmp_path, case):
 
 def test_small_integers_are_stored_as_they_are(tmp_path, case):
     image = case[0].round()
-    page = write_viewer(tmp_path / "x.html", image, case[1], AFFINE, title="x", class_names={1: "a"}).read_text()
+    page = write_viewer(tmp_path / "x.html", image, case[1], AFFINE, title="x", class_names={1: "a"}).read_text("utf-8")
     shown = volume_of(data_of(page)["image"])
     assert shown.get_data_dtype() == np.int16 and np.isnan(shown.header["scl_slope"])
     np.testing.assert_array_equal(np.asarray(shown.dataobj), image)
@@ -69,7 +69,7 @@ def test_a_large_volume_is_shown_in_blocks_at_its_place(tmp_path, case, monkeypa
     monkeypatch.setattr(viewer, "MOST_VOXELS", 300)
     image, mask = case
     mask[:], mask[15, 11, 9] = 0, 2  # one voxel in the last block
-    page = write_viewer(tmp_path / "x.html", image, mask, AFFINE, title="x", class_names={2: "a"}).read_text()
+    page = write_viewer(tmp_path / "x.html", image, mask, AFFINE, title="x", class_names={2: "a"}).read_text("utf-8")
     assert "blocks of 4 x 2 x 1 voxels" in page  # the finest edges first: 0.8, 1.12, then 1.6 mm
     data = data_of(page)
     shown, found = volume_of(data["image"]), volume_of(data["masks"][0]["voxels"])
