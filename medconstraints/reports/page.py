@@ -132,11 +132,8 @@ def _look(row: Row, page: Path, *, series: str | None, radiological: bool, viewe
         png, link = draw_planes(image.data, masks["Prediction"], image.affine, **options), ""
         if viewer:
             file = pages_folder(page) / f"{row.place}.html"
-            values = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} - {0})
-            names = {value: row.class_names.get(value, f"class {value}") for value in values}
-            write_viewer(
-                file, image.data, masks["Prediction"], image.affine, title=row.name, class_names=names, **options
-            )
+            options |= {"title": row.name, "class_names": row.class_names}
+            write_viewer(file, image.data, masks["Prediction"], image.affine, **options)
             link = quote(os.fsencode(file.relative_to(page.parent).as_posix()))
     except (OSError, ValueError, MemoryError) as error:
         logger.warning("%s: no picture (%s)", row.name, error)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from medconstraints.volumes.grids import grid_of
 
-__all__ = ["colour_of", "draw_planes", "window_of"]
+__all__ = ["colour_of", "draw_planes", "middle_of", "window_of"]
 
 # Okabe and Ito's palette: told apart with every common colour vision, and on grey.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2", "#999999")
@@ -30,6 +30,15 @@ def window_of(image: npt.NDArray[Any]) -> tuple[float, float]:
     """Intensities shown as black and white: the 1st and 99th percentile."""
     low, high = np.percentile(image, [1, 99])
     return float(low), float(max(high, low + 1e-6))
+
+
+def middle_of(mask: npt.NDArray[Any]) -> list[int]:
+    """Along each axis the voxel that has as much of the foreground before it as behind it; of none the middle."""
+    inside, centre = mask > 0, []
+    for axis, size in enumerate(mask.shape):
+        counts = np.moveaxis(inside, axis, 0).sum((1, 2)).cumsum()
+        centre.append(int(np.searchsorted(counts, counts[-1] / 2)) if counts[-1] else size // 2)
+    return centre
 
 
 def draw_planes(
@@ -59,13 +68,12 @@ def draw_planes(
     reference = np.zeros_like(mask) if reference is None else reference
     volumes = [nib.orientations.apply_orientation(volume, turn) for volume in (image, mask, reference)]
     shape = volumes[0].shape
-    inside = np.argwhere((volumes[1] if mask.any() else volumes[2]) > 0)
-    centre = np.median(inside, 0).astype(int) if len(inside) else np.array(shape) // 2
+    centre = middle_of(volumes[1] if mask.any() else volumes[2])
     flat = [plane for plane in PLANES if [shape[axis] > 1 for axis in plane[:2]] == [True, True]]
     planes = []
     for across, up, sides, ends in flat if len(flat) == 1 else PLANES:
         [through] = {0, 1, 2} - {across, up}
-        cut = [np.take(volume, int(centre[through]), through).T[::-1] for volume in volumes]
+        cut = [np.moveaxis(volume, through, 0)[centre[through]].T[::-1] for volume in volumes]
         if across == 0 and radiological:
             cut = [plane[:, ::-1] for plane in cut]
         elif across == 0:

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from medconstraints.reports.planes import colour_of, window_of
+from medconstraints.reports.planes import colour_of, middle_of, window_of
 from medconstraints.reports.render import render
 from medconstraints.writing import write_text
 
@@ -46,7 +46,7 @@ def write_viewer(
         mask: class numbers (X, Y, Z).
         affine: voxel index to RAS mm, (4, 4), of all.
         title: heading of the page.
-        class_names: class number -> its name.
+        class_names: class number -> its name, of those that are not called by their number.
         reference: class numbers (X, Y, Z), of which the surfaces are shown.
         radiological: show the patient's right on the left first; the page has a switch.
     """
@@ -56,8 +56,9 @@ def write_viewer(
     labels = [_coarser(part, block, np.maximum.reduceat) for part in (mask, reference) if part is not None]
     placed = np.asarray(affine, dtype=np.float64) @ np.diag([*block, 1.0])
     placed[:3, 3] += np.asarray(affine, dtype=np.float64)[:3, :3] @ ((np.array(block) - 1) / 2)
-    inside = np.argwhere(labels[0] if labels[0].any() else labels[-1])
-    centre = np.median(inside, 0) if len(inside) else np.array(shown.shape) // 2
+    centre = middle_of(labels[0] if labels[0].any() else labels[-1])
+    numbers = np.unique(np.concatenate([np.unique(part) for part in labels]))
+    class_names = {number: class_names.get(number, f"class {number}") for number in numbers[numbers > 0].tolist()}
     masks = [{"name": "Prediction", "voxels": _encoded(labels[0], placed), "colours": _table(class_names)}]
     if reference is not None:
         rim = _table(class_names, RIM)

@@ -62,7 +62,7 @@ def read_image(path: str | Path, *, series: str | None = None) -> Volume:
         raise ValueError(
             f"image: {volume.path.name} has shape {data.shape}; expected 2 or 3 spatial axes and at most one more."
         )
-    return Volume(volume.path, np.nan_to_num(data.astype(np.float32)), volume.affine)
+    return Volume(volume.path, np.nan_to_num(data.astype(np.float32, copy=False), copy=False), volume.affine)
 
 
 def read_labels(path: str | Path, what: str = "labels") -> Volume:
@@ -76,8 +76,10 @@ def read_labels(path: str | Path, what: str = "labels") -> Volume:
     data, name = volume.data, volume.path.name
     if data.ndim not in (2, 3):
         raise ValueError(f"{what}: expected one label map of 2 or 3 axes, not one-hot, got {data.shape} in {name}.")
+    if data.dtype.kind in "iub":
+        return volume
     # Written so that a NaN fails too.
-    if data.dtype.kind not in "fiub" or not (np.abs(data - np.rint(data)) <= _INTEGER_TOLERANCE).all():
+    if data.dtype.kind != "f" or not (np.abs(data - np.rint(data)) <= _INTEGER_TOLERANCE).all():
         raise ValueError(f"{what}: {name} holds values that are no integers; threshold or argmax before saving.")
     return Volume(volume.path, np.rint(data).astype(np.int32), volume.affine)
 
