@@ -7,11 +7,13 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from medconstraints.data.output_folders import mask_path
+from medconstraints.data.training_cohort import intensities_of
 from medconstraints.volumes.facts import facts_path, mask_facts
 from medconstraints.volumes.grids import grid_of
 from medconstraints.volumes.masks import save_mask
@@ -74,6 +76,8 @@ class SaveMaskd(MapTransform):
                 "made_by": self.made_by,
                 "notes": str(mask.meta.get("geometry_notes") or ""),
             }
+            if "image" in data:  # as the network saw it
+                content["intensities"] = intensities_of(np.asarray(data["image"][0].cpu()))
             if "confidence" in data:
                 content["confidence"] = data["confidence"]
             save_mask(values, file, path, affine=affine)

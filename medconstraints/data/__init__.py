@@ -19,6 +19,7 @@ from medconstraints.data.run_settings import (
 )
 from medconstraints.data.semi_supervised import PairedDataset, semi_supervised_items
 from medconstraints.data.slices import SliceDataset, VolumeBatchSampler
+from medconstraints.data.weights_card import class_names_of
 
 __all__ = [
     "CohortDataset",
@@ -34,6 +35,7 @@ __all__ = [
     "check_output_dir",
     "check_run_dir",
     "class_items",
+    "class_names_of",
     "cohort_items",
     "in_order",
     "inference_items",

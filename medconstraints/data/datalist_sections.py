@@ -17,6 +17,7 @@ __all__ = [
     "fingerprints",
     "load_datalist",
     "number_items",
+    "read_class_names",
     "read_datalist",
     "read_labelled",
 ]
@@ -130,6 +131,14 @@ def file_sample(file: Path) -> bytes:
             stream.seek(start)
             parts.append(stream.read(_BLOCK_BYTES))
     return b"".join(parts)
+
+
+def read_class_names(datalist: str | PathLike[str]) -> dict[int, str]:
+    """Class names from the list's `labels` object (`{"1": "anterior"}`), without background; empty when it has none."""
+    labels = load_datalist(datalist).get("labels")
+    if not isinstance(labels, dict):
+        return {}
+    return {int(key): str(name) for key, name in labels.items() if str(key).isdecimal() and int(key) > 0}
 
 
 def read_labelled(path: str | PathLike[str], section: str) -> list[dict[str, Any]]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from medconstraints.data.datalist_sections import fingerprints, load_datalist, read_datalist
+from medconstraints.data.datalist_sections import fingerprints, load_datalist, read_class_names, read_datalist
 from medconstraints.data.missing import MissingData
 from medconstraints.data.output_folders import check_run_dir, lock_folder
 from medconstraints.data.running import NOT_SETTINGS, RunCall, is_plain, leaves, resolved, running
-from medconstraints.data.weights_card import cohort_of, compare_with_card, read_card
+from medconstraints.data.training_cohort import cohort_line, cohort_of
+from medconstraints.data.weights_card import compare_with_card, read_card
 from medconstraints.writing import LEFT_BEHIND, write_text
 
 __all__ = [
@@ -112,16 +113,19 @@ def start_run(output_dir: str | Path) -> None:
     if call is not None:
         _check_patch_size(call.parser.config)
     folder = check_run_dir(output_dir)
-    write_settings(folder, cohort=_cohort(call) if call is not None and os.environ.get("RANK", "0") == "0" else {})
+    write_settings(folder, **_cohort(call) if call is not None and os.environ.get("RANK", "0") == "0" else {})
 
 
 def _cohort(call: RunCall) -> dict[str, Any]:
+    """What the training volumes are like, which is logged, and the names of the classes."""
     datalist = resolved(call.parser, "datalist", call.parser.config.get("datalist"))
     if not isinstance(datalist, str) or not Path(datalist).is_file():
         return {}
-    classes = resolved(call.parser, "num_classes", call.parser.config.get("num_classes"))
     items = read_datalist(datalist, "training", required=False) if _has_images(datalist) else []
-    return cohort_of(items, classes if isinstance(classes, int) else None)
+    classes, nonzero = (resolved(call.parser, key, call.parser.config.get(key)) for key in ("num_classes", "nonzero"))
+    cohort = cohort_of(items, classes if isinstance(classes, int) else None, nonzero=nonzero is True)
+    logger.info("%s; all faults: python -m medconstraints check %s", cohort_line(cohort, len(items)), datalist)
+    return {"cohort": cohort, "class_names": {str(value): name for value, name in read_class_names(datalist).items()}}
 
 
 def _has_images(datalist: str) -> bool:
@@ -197,17 +201,23 @@ def _check_patch_size(config: Mapping[str, Any]) -> None:
 
 
 def write_settings(
-    folder: str | Path, weights: str | Path | None = None, *, cohort: Mapping[str, Any] | None = None
+    folder: str | Path,
+    weights: str | Path | None = None,
+    *,
+    cohort: Mapping[str, Any] | None = None,
+    class_names: Mapping[str, str] | None = None,
 ) -> None:
     """Write the resolved settings of the run that calls it to `settings.json`.
 
     Keys: "bundle", "config_files", "options" as they were given, "settings", the values of all plain entries of the
-    config, "cohort", and "training", the same of the run that made the weights, where these or a file beside them tell.
+    config, "cohort", "class_names", and "training", the same of the run that made the weights, where these or a file
+    beside them tell.
 
     Args:
         folder: of the run's results.
         weights: file of weights that the run reads.
         cohort: what the training volumes are like, see `cohort_of`.
+        class_names: value in a mask, as a text -> name of its class.
     """
     call = running()
     if call is None or os.environ.get("RANK", "0") != "0":
@@ -219,8 +229,7 @@ def write_settings(
         "options": call.options,
         "settings": {key: value for key, value in plain.items() if key not in NOT_SETTINGS and _is_setting(value)},
     }
-    if cohort:
-        content["cohort"] = cohort
+    content |= {key: value for key, value in (("cohort", cohort), ("class_names", class_names)) if value}
     if weights is not None and (found := _told_by(weights)):
         content["training"] = {key: found[key] for key in ("bundle", "config_files", "settings") if key in found}
     write_text(Path(folder) / SETTINGS_FILE, json.dumps(content, indent=2, default=str) + "\n")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from medconstraints.data.datalist_sections import load_datalist, read_datalist
+from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.volumes.files import is_volume, volume_stem
 
-__all__ = ["Entry", "find_predictions", "read_class_names", "read_section"]
+__all__ = ["Entry", "find_predictions", "read_section"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,6 @@ def read_section(
             "their predictions cannot be told apart. Give the files different names."
         )
     return entries
-
-
-def read_class_names(datalist: str | PathLike[str]) -> dict[int, str]:
-    """Class names from the list's `labels` object (`{"1": "anterior"}`), without background; empty when it has none."""
-    labels = load_datalist(datalist).get("labels")
-    if not isinstance(labels, dict):
-        return {}
-    return {int(key): str(name) for key, name in labels.items() if str(key).isdecimal() and int(key) > 0}
 
 
 def find_predictions(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from medconstraints.data.run_settings import write_settings
-from medconstraints.data.weights_card import outside_of, read_card
+from medconstraints.data.training_cohort import outside_of
+from medconstraints.data.weights_card import read_card
 from medconstraints.reports.page import Row, write_page
 from medconstraints.volumes.facts import read_facts
 from medconstraints.writing import write_text
@@ -89,8 +90,7 @@ def flags_of(facts: Mapping[str, Any], cohort: Mapping[str, Any] | None = None) 
     flags += [f"{name}: touches the border" for name, part in parts.items() if part.get("at_border")]
     confidence = facts.get("confidence")
     flags += [f"low confidence, {confidence:.2f}"] if confidence is not None and confidence < LOW_CONFIDENCE else []
-    sizes = {str(part["value"]): part["ml"] for part in parts.values()}
-    flags += outside_of(cohort, facts, sizes) if cohort else []
+    flags += outside_of(cohort, facts) if cohort else []
     return flags + ([facts["notes"]] if facts.get("notes") else [])
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from medconstraints.boxes import label_to_boxes, map_boxes
-from medconstraints.reports.datalist import Entry, find_predictions, read_class_names, read_section
+from medconstraints.data.datalist_sections import read_class_names
+from medconstraints.reports.datalist import Entry, find_predictions, read_section
 from medconstraints.reports.inference import flags_of
 from medconstraints.reports.montage import ReportCase, montage
 from medconstraints.reports.page import Row, pages_folder, write_page

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
@@ -38,8 +39,9 @@ def mask_facts(
 ) -> dict[str, dict[str, Any]]:
     """For each class, by its name, what JSON can hold.
 
-    Keys: "value" in the mask, "voxels" and "ml"; and where there are any, "centroid_mm" in RAS, "start" and "stop" of
-    the bounding box in voxels, half-open, "pieces" that touch nowhere (not even at a corner; not told of very large
+    Keys: "value" in the mask, "voxels" and "ml"; and where there are any, "centroid_mm" in RAS, "place", where that is
+    as a share of the image's extent to the right, front and top, "start" and "stop" of the bounding box in voxels,
+    half-open, "pieces" that touch nowhere (not even at a corner; not told of very large
     boxes), and "at_border": whether the first or last slice along an axis of more than one is reached, so that a part
     may lie outside the image.
 
@@ -73,7 +75,11 @@ def _of_part(mask: npt.NDArray[Any], value: int, box: tuple[slice, ...], affine:
     starts, stops = ([getattr(side, end) for side in box] for end in ("start", "stop"))
     voxels = int(np.count_nonzero(inside))
     centre = [float(np.dot(inside.sum(tuple({0, 1, 2} - {axis})), np.arange(inside.shape[axis]))) for axis in range(3)]
-    centroid = affine[:3, :3] @ (np.array(centre) / voxels + starts) + affine[:3, 3]
+    middle = np.array(centre) / voxels + starts
+    centroid, place = affine[:3, :3] @ middle + affine[:3, 3], np.empty(3)
+    for axis, (along, way) in enumerate(nib.io_orientation(affine)):
+        share = (middle[axis] + 0.5) / mask.shape[axis]
+        place[int(along)] = share if way > 0 else 1 - share
     reached = [
         size > 1 and (low == 0 or high == size) for low, high, size in zip(starts, stops, mask.shape, strict=True)
     ]
@@ -81,6 +87,7 @@ def _of_part(mask: npt.NDArray[Any], value: int, box: tuple[slice, ...], affine:
         "voxels": voxels,
         "ml": round(voxels * ml, 6),
         "centroid_mm": centroid.round(3).tolist(),
+        "place": place.round(4).tolist(),
         "start": starts,
         "stop": stops,
         **({"pieces": int(ndimage.label(inside, np.ones((3, 3, 3)))[1])} if inside.size <= MOST_VOXELS else {}),
