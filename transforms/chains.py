@@ -317,9 +317,8 @@ def mask_transforms(
     if class_values is not None:
         renumber = [MapLabelValued("pred", orig_labels=range(len(class_values)), target_labels=class_values)]
     return [
-        Activationsd("pred", softmax=True),
-        *([DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
-        InvertedClassesd("pred", preprocessing=preprocessing),
+        *([Activationsd("pred", softmax=True), DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
+        InvertedClassesd("pred", preprocessing=preprocessing, softmax=not dense_crf),
         *renumber,
         SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes, made_by=made_by),
     ]

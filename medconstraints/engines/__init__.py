@@ -12,6 +12,7 @@ from medconstraints.engines.prepare_batch import PrepareBatchTargets
 from medconstraints.engines.regression import PrepareBatchStatistics, RegressionEvaluator, RegressionStage
 from medconstraints.engines.relabel import BoxProposals, RelabelTrainer
 from medconstraints.engines.saflex import SaflexTrainer
+from medconstraints.engines.slab_inferer import SlabInferer
 from medconstraints.engines.statistic_predictions import StatisticPredictions
 from medconstraints.engines.training import TargetTrainer
 from medconstraints.engines.validation import ValidationEvaluator
@@ -31,6 +32,7 @@ __all__ = [
     "RegressionStage",
     "RelabelTrainer",
     "SaflexTrainer",
+    "SlabInferer",
     "StatisticPredictions",
     "TargetTrainer",
     "TolerantDataset",

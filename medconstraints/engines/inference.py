@@ -20,7 +20,9 @@ from monai.transforms import Transform
 from monai.utils.enums import CommonKeys
 from torch import nn
 from torch.utils.data import Subset
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from medconstraints.checks import plain
 from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
 from medconstraints.volumes.facts import facts_path
@@ -157,6 +159,8 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     def _start(self, engine: Engine) -> None:
         self.rows = []
+        # On a terminal of the first process: tqdm sees where it is.
+        self.bar = tqdm(total=self.state.epoch_length, desc="volumes", disable=None if idist.get_rank() == 0 else True)
         if self.output_dir is not None and idist.get_rank() == 0:
             (self.output_dir / INFERENCE_REPORT).unlink(missing_ok=True)
 
@@ -164,6 +168,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         start = time.perf_counter()
         # A batch of one item is collated; what became of an item without an image is not.
         told = {key: value[0] if isinstance(value, list) else value for key, value in batchdata.items() if key in _TOLD}
+        self.bar.set_postfix_str(told["name"])
         if "state" in told:
             self._add(told)
             return {}
@@ -178,7 +183,9 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     @staticmethod
     def _check_finite(engine: Any) -> None:
-        if not bool(torch.isfinite(engine.state.output[CommonKeys.PRED]).all()):
+        # In parts: of a large volume the answers of all voxels are as much as its logits.
+        parts = plain(engine.state.output[CommonKeys.PRED]).flatten(1).split(1 << 24, 1)
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ValueError(
                 "the network's output has NaN or infinite values: its weights are not sound, or such are in the image"
             )
@@ -188,6 +195,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         mask = told["mask"] or mask_path("", told["file"], postfix=self.postfix).name
         row = {"name": name, "state": state, "reason": told["reason"], "mask": mask if state in _WITH_MASK else ""}
         self.rows.append({**row, "seconds": round(seconds, 2), "image": told["file"]})
+        self.bar.update()
         if state != "failed":
             return
         logger.error("%s failed: %s", name, told["reason"])
@@ -199,6 +207,7 @@ class TolerantEvaluator(SupervisedEvaluator):
                 logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 
     def _finish(self, engine: Engine) -> None:
+        self.bar.close()
         if idist.get_world_size() > 1:
             gathered: list[Any] = [None] * idist.get_world_size()
             torch.distributed.all_gather_object(gathered, self.rows)

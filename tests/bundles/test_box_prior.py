@@ -414,7 +414,7 @@ def volumes(tmp_path_factory):
     return folder
 
 
-REPORTS = ("inference.json", "settings.json", "volumes.csv", "index.html")
+REPORTS = ("inference.json", "settings.json", "volumes.csv", "index.html", "index_pages")
 
 
 def written(folder):
@@ -524,7 +524,7 @@ def test_existing_masks_are_refused_before_anything_is_written(infer, volumes, t
     (masks / "PSR_seg.nii.gz").write_bytes(b"work of a week")
     with pytest.raises(RuntimeError, match="Failed to") as caught:
         infer(volumes)
-    assert "1 of 10 outputs exist already" in chain(caught.value)
+    assert "1 of 11 outputs exist already" in chain(caught.value)
     assert "such as PSR_seg.nii.gz" in chain(caught.value)
     assert [(path.name, path.read_bytes()) for path in masks.iterdir()] == [("PSR_seg.nii.gz", b"work of a week")]
     infer(volumes, overwrite=True)

@@ -250,7 +250,7 @@ def test_the_mask_is_that_of_the_plain_file_in_its_place(run, name):
     # ml and centroid in millimetres, by the file's own affine and its unit
     scale = {"micron.nii.gz": 1e-3, "metre.nii.gz": 1e3}.get(name, 1.0)
     affine = np.diag([scale, scale, scale, 1.0]) @ affine
-    for value, part in ((1, facts["classes"]["1"]), (2, facts["classes"]["2"])):
+    for value, part in ((1, facts["classes"]["anterior"]), (2, facts["classes"]["posterior"])):
         where = np.argwhere(mask == value)
         assert part["ml"] == pytest.approx(len(where) * abs(np.linalg.det(affine[:3, :3])) / 1000, rel=1e-4)
         np.testing.assert_allclose(part["centroid_mm"], affine[:3, :3] @ where.mean(0) + affine[:3, 3], atol=0.01)

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd
+from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, SpatialPadd
 
 from medconstraints.transforms import InvertedClassesd, reading_transforms
 
@@ -30,9 +30,12 @@ def test_as_monai_with_all_classes_at_once(tmp_path, rng, classes, spacing_mm, a
     invert = Invertd("pred", transform=chain, orig_keys="image", nearest_interp=False, to_tensor=True)
     everything = invert(dict(probabilities))
     expected = AsDiscreted("pred", argmax=True)(dict(everything))["pred"]
-    other = "_class_by_class" if spacing_mm else "_in_slabs"
-    monkeypatch.setattr(InvertedClassesd, other, lambda *_: pytest.fail("not the way that was meant"))
+    for other in {"_class_by_class", "_in_slabs", "_only_turned"} - {"_in_slabs" if spacing_mm else "_only_turned"}:
+        monkeypatch.setattr(InvertedClassesd, other, lambda *_: pytest.fail("not the way that was meant"))
     found = InvertedClassesd("pred", preprocessing=chain)(probabilities)
+    from_logits = InvertedClassesd("pred", preprocessing=chain, softmax=True)(given)
+    torch.testing.assert_close(from_logits["pred"], found["pred"], rtol=0, atol=0)
+    assert from_logits["confidence"] == pytest.approx(found["confidence"], abs=1e-3)
     if spacing_mm is None:
         assert torch.equal(found["pred"].as_tensor().float(), expected.as_tensor().float())
     else:  # but for rounding, where two classes are equally probable
@@ -44,6 +47,18 @@ def test_as_monai_with_all_classes_at_once(tmp_path, rng, classes, spacing_mm, a
     assert found["pred"].meta["filename_or_obj"] == str(tmp_path / "a.nii.gz")
     highest = everything["pred"].as_tensor().max(0).values
     assert found["confidence"] == pytest.approx(float(highest[expected[0] > 0].mean()), abs=1e-3)
+
+
+def test_a_chain_that_pads_is_inverted_class_by_class(tmp_path, rng):
+    nib.save(nib.Nifti1Image(rng.random((9, 8, 10)), AFFINES["turned"]), tmp_path / "a.nii.gz")
+    chain = Compose([*reading_transforms(num_classes=3, label_key=None), SpatialPadd("image", (16, 16, 16))])
+    item = chain({"image": str(tmp_path / "a.nii.gz")})
+    logits = torch.randn(3, 16, 16, 16)
+    given = {"image": item["image"], "pred": item["image"].expand(3, -1, -1, -1) * 0 + logits}
+    invert = Invertd("pred", transform=chain, orig_keys="image", nearest_interp=False, to_tensor=True)
+    expected = invert({**given, "pred": given["pred"].softmax(0)})["pred"].argmax(0, keepdim=True)
+    found = InvertedClassesd("pred", preprocessing=chain, softmax=True)(given)["pred"]
+    assert torch.equal(found.as_tensor(), expected.as_tensor().byte()) and found.shape == (1, 9, 8, 10)
 
 
 def test_of_equal_probabilities_the_lower_class_and_no_confidence_of_nothing(tmp_path):
