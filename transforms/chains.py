@@ -294,6 +294,7 @@ def mask_transforms(
     num_classes: int | None = None,
     class_names: Mapping[str, str] | None = None,
     dense_crf: bool = False,
+    probabilities: bool = False,
     made_by: str = "",
 ) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
@@ -308,6 +309,7 @@ def mask_transforms(
             that are there.
         class_names: value in the mask, as a text -> name of its class in reports.
         dense_crf: let the probabilities follow the image, see `DenseCRFd`.
+        probabilities: write those of all classes beside the mask, see `save_probabilities`.
         made_by: see `SaveMaskd`.
     """
     values = class_values if num_classes is None else class_values or range(num_classes)
@@ -318,7 +320,12 @@ def mask_transforms(
         renumber = [MapLabelValued("pred", orig_labels=range(len(class_values)), target_labels=class_values)]
     return [
         *([Activationsd("pred", softmax=True), DenseCRFd("pred")] if checks.flag("dense_crf", dense_crf) else []),
-        InvertedClassesd("pred", preprocessing=preprocessing, softmax=not dense_crf),
+        InvertedClassesd(
+            "pred",
+            preprocessing=preprocessing,
+            softmax=not dense_crf,
+            probabilities=checks.flag("probabilities", probabilities),
+        ),
         *renumber,
         SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes, made_by=made_by),
     ]

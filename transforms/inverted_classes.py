@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -15,6 +16,7 @@ from medconstraints.checks import plain
 
 __all__ = ["InvertedClassesd"]
 
+STEPS = 65535  # of a probability that is stored
 SLAB_VALUES = 1 << 23  # float32 values that are in memory at once beside the result
 
 
@@ -27,19 +29,28 @@ class InvertedClassesd(MapTransform):
     not classes, go through the resampling: linear interpolation of a mask is ragged.
 
     Writes (1, *S) uint8 with the image's meta data at each key, and under "confidence" the mean probability of the
-    voxels that are not background, where there are any.
+    voxels that are not background, where there are any; under "probabilities", where they are asked for, (C, *S) uint16
+    in steps of 1/65535.
 
     Args:
         keys: probabilities (C, *S), with the transforms that were applied to `image_key`.
         preprocessing: the chain that made the network's input.
         image_key: key of the image.
         softmax: what stands at the keys are logits, whose softmax is the probabilities.
+        probabilities: keep them on the file's grid too, in two bytes for each voxel and class.
     """
 
     def __init__(
-        self, keys: KeysCollection, *, preprocessing: Compose, image_key: str = "image", softmax: bool = False
+        self,
+        keys: KeysCollection,
+        *,
+        preprocessing: Compose,
+        image_key: str = "image",
+        softmax: bool = False,
+        probabilities: bool = False,
     ) -> None:
         super().__init__(keys)
+        self.probabilities = probabilities
         self.image_key = image_key
         self.softmax = softmax
         # Each key stands for one class, or for the classes, while it is inverted.
@@ -54,12 +65,15 @@ class InvertedClassesd(MapTransform):
             image = item[self.image_key]
             operations = {operation["class"] for operation in getattr(image, "applied_operations", [])}
             turned = operations <= {"SpatialResample", "Orientation"}
-            if turned and "SpatialResample" not in operations:
+            shares: list[Any] | None = [] if self.probabilities else None
+            if turned and "SpatialResample" not in operations and shares is None:
                 classes, total, meta = self._only_turned(item, key)
-            elif turned and image.ndim == 4:
-                classes, total, meta = self._in_slabs(item[key], image)
+            elif turned and "SpatialResample" in operations and image.ndim == 4:
+                classes, total, meta = self._in_slabs(item[key], image, shares)
             else:
-                classes, total, meta = self._class_by_class(item, key)
+                classes, total, meta = self._class_by_class(item, key, shares)
+            if shares is not None:
+                item["probabilities"] = np.concatenate(shares, 1 if len(shares[0]) > 1 else 0)
             if count := int(torch.count_nonzero(classes)):
                 item["confidence"] = round(total / count, 4)
             item[key] = classes if meta is None else MetaTensor(classes, meta=meta)
@@ -89,12 +103,16 @@ class InvertedClassesd(MapTransform):
         found = self.invert({self.image_key: image, key: MetaTensor(values, meta=image.meta)})[key]
         return plain(found), found.meta
 
-    def _class_by_class(self, item: Mapping[Hashable, Any], key: Hashable) -> tuple[torch.Tensor, float, Any]:
-        """The same for any chain: what is kept of all classes is the highest probability."""
+    def _class_by_class(
+        self, item: Mapping[Hashable, Any], key: Hashable, shares: list[Any] | None
+    ) -> tuple[torch.Tensor, float, Any]:
+        """The same for any chain: of all classes the highest probability is kept; `shares` gets each of them."""
         probabilities = self._probabilities(plain(item[key]))
         best: torch.Tensor | None = None
         for number in range(probabilities.shape[0]):
             share, meta = self._inverted(item, key, probabilities[number : number + 1])
+            if shares is not None:
+                shares.append(_in_steps(share))
             if best is None:
                 best, classes = share, torch.zeros_like(share, dtype=torch.uint8)
                 continue
@@ -104,8 +122,8 @@ class InvertedClassesd(MapTransform):
         assert best is not None
         return classes, float(best.where(classes > 0, 0.0).sum(dtype=torch.float64)), meta
 
-    def _in_slabs(self, values: Any, image: MetaTensor) -> tuple[torch.Tensor, float, Any]:
-        """The same for a chain that turned and resampled: linear interpolation at each voxel of the file.
+    def _in_slabs(self, values: Any, image: MetaTensor, shares: list[Any] | None) -> tuple[torch.Tensor, float, Any]:
+        """The same for a chain that turned and resampled, in slabs: linear interpolation at each voxel of the file.
 
         Between the first and the last voxel's centre of the network's grid; beyond them the nearest counts.
         """
@@ -127,13 +145,16 @@ class InvertedClassesd(MapTransform):
             high = places.amax((0, 1, 2)).ceil().long() + 1
             source = self._probabilities(values[(slice(None), *map(slice, low, high))])
             # In grid_sample's coordinates -1 is the first voxel's centre and 1 the last one's.
-            grid = (places - low) * (2 / (high - 1 - low).clamp(min=1)) - 1
-            grid = grid.flip(-1).to(source)
-            slab = F.grid_sample(source[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[
-                0
-            ]
+            grid = ((places - low) * (2 / (high - 1 - low).clamp(min=1)) - 1).flip(-1).to(source)
+            [slab] = F.grid_sample(source[None], grid[None], padding_mode="border", align_corners=True)
+            if shares is not None:
+                shares.append(_in_steps(slab))
             share, number = slab.max(0)
             classes[0, start : start + thick] = number
             total += float(share.where(number > 0, 0.0).sum(dtype=torch.float64))
         meta = {**image.meta, "affine": stored}
         return classes, total, meta
+
+
+def _in_steps(probabilities: torch.Tensor) -> Any:
+    return (probabilities.clamp(0, 1) * STEPS).round().cpu().numpy().astype(np.uint16)

@@ -16,7 +16,7 @@ from medconstraints.data.output_folders import mask_path
 from medconstraints.data.training_cohort import intensities_of
 from medconstraints.volumes.facts import facts_path, mask_facts
 from medconstraints.volumes.grids import grid_of
-from medconstraints.volumes.masks import save_mask
+from medconstraints.volumes.masks import probabilities_path, save_mask, save_probabilities
 from medconstraints.writing import write_text
 
 __all__ = ["SaveMaskd"]
@@ -26,7 +26,7 @@ class SaveMaskd(MapTransform):
     """Save masks as `<output_dir>/<name>_<postfix>`, see `save_mask` and `mask_facts`; existing files are replaced.
 
     An item of `volumes_for_inference` says under "mask" where its mask belongs. Beside each mask a JSON file of its
-    name tells what it holds.
+    name tells what it holds; and probabilities, where an item has them, see `save_probabilities`.
 
     Args:
         keys: masks (1, X, Y, Z) with class numbers, in the voxel order of their file, which their meta data name as
@@ -81,5 +81,7 @@ class SaveMaskd(MapTransform):
             if "confidence" in data:
                 content["confidence"] = data["confidence"]
             save_mask(values, file, path, affine=affine)
+            if "probabilities" in data:
+                save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)
             write_text(facts_path(path), json.dumps(content, indent=1) + "\n")
         return dict(data)

@@ -13,6 +13,7 @@ from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
 from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
+from medconstraints.volumes.masks import probabilities_path
 
 __all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
 
@@ -29,6 +30,7 @@ def volumes_for_inference(
     postfix: str = "seg",
     overwrite: bool = False,
     resume: bool = False,
+    probabilities: bool = False,
     made_by: str = "",
 ) -> list[dict[str, Any]]:
     """Items for every file of a folder, an entry of a datalist, or one file; `TolerantDataset` takes them.
@@ -47,6 +49,7 @@ def volumes_for_inference(
         postfix: see `mask_path`.
         overwrite: accept masks that exist already. They stay until the new ones are written.
         resume: keep masks that exist already, and segment the others.
+        probabilities: those of the classes will be written too.
         made_by: of `run_fingerprint`, which masks that are kept must have too.
 
     Raises:
@@ -67,8 +70,9 @@ def volumes_for_inference(
     if output is not None:
         _check_apart(source, wanted, output)
         masks = [item["mask"] for item in wanted]
-        facts = [facts_path(Path(mask)).as_posix() for mask in masks]
-        check_output_dir(output, [*masks, *facts, *REPORTS], overwrite=overwrite or resume)
+        beside = [facts_path, *([probabilities_path] if checks.flag("probabilities", probabilities) else [])]
+        others = [path_of(Path(mask)).as_posix() for path_of in beside for mask in masks]
+        check_output_dir(output, [*masks, *others, *REPORTS], overwrite=overwrite or resume)
         if resume:
             _keep(wanted, output, made_by)
     return items
@@ -141,7 +145,7 @@ def _name_masks(items: list[dict[str, Any]], postfix: str) -> None:
         if used[item["mask"]] > 1:
             same = [other["name"] for other in volumes if other["mask"] == item["mask"]]
             item["refused"] = f"{' and '.join(same)} would have one mask, {item['mask']}; rename one of them"
-        elif len(os.fsencode(facts_path(Path(item["mask"])).name)) > LONGEST_NAME:
+        elif len(os.fsencode(probabilities_path(Path(item["mask"])).name)) > LONGEST_NAME:
             item["refused"] = f"the names of its results are longer than {LONGEST_NAME} bytes; give it a shorter one"
 
 

@@ -26,6 +26,7 @@ from medconstraints.checks import plain
 from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
 from medconstraints.volumes.facts import facts_path
+from medconstraints.volumes.masks import probabilities_path
 from medconstraints.writing import write_text
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
@@ -201,7 +202,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         logger.error("%s failed: %s", name, told["reason"])
         if self.output_dir is None:
             return
-        for former in (self.output_dir / mask, facts_path(self.output_dir / mask)):
+        for former in (of(self.output_dir / mask) for of in (Path, facts_path, probabilities_path)):
             if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
                 os.replace(former, former.with_name(former.name + ".old"))
                 logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 
 from medconstraints.volumes.files import NIFTI_ENDINGS, mask_ending
@@ -14,7 +15,7 @@ from medconstraints.volumes.itk_files import read_itk
 from medconstraints.volumes.nifti import load_nifti
 from medconstraints.writing import write_whole
 
-__all__ = ["save_mask"]
+__all__ = ["probabilities_path", "save_mask", "save_probabilities"]
 
 # What places voxels in the scanner. Not the rest: display range, intent and extensions are those of a picture.
 _GEOMETRY = (
@@ -62,6 +63,33 @@ def save_mask(mask: Any, image: str | Path, path: str | Path, *, affine: Any = N
     copy = sitk.GetImageFromArray(voxels.transpose())
     copy.CopyInformation(source)
     return write_whole(path, lambda name: sitk.WriteImage(copy, str(name), useCompression=True))
+
+
+def probabilities_path(mask: Path) -> Path:
+    """Where the probabilities of the classes of a mask stand: beside it, as NIfTI.
+
+    Example:
+        >>> probabilities_path(Path("masks/knee_seg.nii.gz")).name
+        'knee_seg_probabilities.nii.gz'
+    """
+    return mask.with_name(f"{mask.name.removesuffix('.nii.gz')}_probabilities.nii.gz")
+
+
+def save_probabilities(shares: npt.NDArray[np.uint16], path: Path, *, affine: Any) -> Path:
+    """Write the probabilities of all classes, in steps of 1/65535, which every reader of NIfTI turns into 0 to 1.
+
+    Args:
+        shares: (C, X, Y, Z), the background first; the file has the classes along its fourth axis.
+        path: file to write, see `probabilities_path`.
+        affine: voxel index to RAS mm, (4, 4).
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    grid = nib.Nifti1Image(np.moveaxis(shares, 0, -1), np.asarray(affine, dtype=np.float64), dtype=np.uint16)
+    grid.header.set_xyzt_units("mm")
+    grid.header.set_slope_inter(1 / 65535, 0)
+    return write_whole(path, lambda name: nib.save(grid, name))
 
 
 def _like_nifti(voxels: np.ndarray, image: Path) -> Any:

@@ -156,6 +156,15 @@ def test_no_report_replaces_a_file_unasked(folder, tmp_path, name):
         volumes_for_inference(folder, output_dir=tmp_path / "out")
 
 
+def test_probabilities_are_not_replaced_unasked(folder, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "a_seg_probabilities.nii.gz").write_bytes(b"work")
+    assert volumes_for_inference(folder, output_dir=masks)
+    with pytest.raises(FileExistsError, match=r"such as a_seg_probabilities\.nii\.gz"):
+        volumes_for_inference(folder, output_dir=masks, probabilities=True)
+
+
 def test_facts_of_two_formats_of_one_name_are_two(folder, tmp_path):
     (folder / "a.nrrd").write_bytes(b"x")
     items = volumes_for_inference(folder, output_dir=tmp_path / "out")
@@ -264,7 +273,7 @@ def test_existing_masks_are_kept(folder, tmp_path):
     for name in [*present, "d_seg.nii.gz", "b_other.nii.gz"]:
         (masks / name).write_bytes(b"work")
     before = tree(tmp_path)
-    message = rf"output_dir: {len(present)} of 14 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
+    message = rf"output_dir: {len(present)} of 15 outputs exist already in .*masks, such as b_seg\.nii\.gz; choose"
     with pytest.raises(FileExistsError, match=message):
         volumes_for_inference(folder, output_dir=masks)
     assert tree(tmp_path) == before

@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
@@ -200,3 +201,33 @@ def test_there_and_back(tmp_path, axcodes, codes, trailing, spacing_mm):
     expected = values > values.mean() + 0.5 * values.std()
     wrong = (np.asarray(saved.dataobj) != expected).mean()
     assert wrong == 0 if spacing_mm[0] < 0 else wrong < 0.05
+
+
+@pytest.mark.parametrize("name", ["in.nii.gz", "in.nrrd"])
+@pytest.mark.parametrize("spacing_mm", [None, (1.0, 1.3, 0.9)])
+@pytest.mark.parametrize("dense_crf", [False, True])
+def test_probabilities_are_those_that_the_mask_was_taken_from(tmp_path, name, spacing_mm, dense_crf):
+    """On the voxels of the mask, whatever the format; but for ties in steps of 1/65535."""
+    volume, _, affine = make_phantom(5, shape=(16, 20, 18), orientation="PSR")
+    nib.save(nib.Nifti1Image(volume, affine), tmp_path / "in.nii.gz")
+    if name.endswith("nrrd"):
+        sitk.WriteImage(sitk.ReadImage(tmp_path / "in.nii.gz"), tmp_path / name)
+    chain = Compose(reading_transforms(num_classes=3, label_key=None, spacing_mm=spacing_mm))
+    item = chain({"image": str(tmp_path / name)})
+    item["pred"] = torch.cat([0 * item["image"], item["image"] - 0.5, 0.8 * item["image"]])
+    folder = tmp_path / "masks"
+    Compose(mask_transforms(chain, output_dir=folder, class_values=[0, 5, 9], dense_crf=dense_crf, probabilities=True))(
+        item
+    )
+    mask = sitk.ReadImage(folder / name.replace("in.", "in_seg."))
+    [file] = folder.glob("*_probabilities.nii.gz")
+    found = nib.load(file)
+    shares = found.get_fdata()
+    assert found.get_data_dtype() == np.uint16 and shares.shape == (*volume.shape, 3)
+    np.testing.assert_allclose(found.affine, affine, atol=1e-5)
+    np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-4)
+    top = np.sort(shares, -1)
+    clear = top[..., 2] - top[..., 1] > 4 / 65535
+    values = sitk.GetArrayFromImage(mask).transpose(2, 1, 0)
+    assert clear.mean() > 0.99 and set(np.unique(values)) == {0, 5, 9}
+    np.testing.assert_array_equal(np.array([0, 5, 9])[shares.argmax(-1)][clear], values[clear])
