@@ -65,5 +65,5 @@ $(VENV)/.report: $(VENV)/.created setup.cfg constraints.txt
 
 $(VENV)/.test: $(VENV)/.created setup.cfg constraints.txt
 	@echo "Installing into $(VENV) with the test tools (minutes; torch alone is 1 GB, several with CUDA: see PIP_ARGS) ..."
-	@$(PIP_INSTALL) -e '.[report,test,itk]'
+	@$(PIP_INSTALL) -e '.[report,test,itk,dicom]'
 	@touch $@

@@ -295,6 +295,8 @@ def mask_transforms(
     class_names: Mapping[str, str] | None = None,
     dense_crf: bool = False,
     probabilities: bool = False,
+    dicom_seg: bool = False,
+    series: str | None = None,
     made_by: str = "",
 ) -> Chain:
     """From logits to a mask in the geometry of the input file: shape, affine, codes and units are the input's.
@@ -310,7 +312,9 @@ def mask_transforms(
         class_names: value in the mask, as a text -> name of its class in reports.
         dense_crf: let the probabilities follow the image, see `DenseCRFd`.
         probabilities: write those of all classes beside the mask, see `save_probabilities`.
-        made_by: see `SaveMaskd`.
+        dicom_seg: see `SaveMaskd`, as for the next two.
+        series: as above.
+        made_by: as above.
     """
     values = class_values if num_classes is None else class_values or range(num_classes)
     names = {int(value): str(name) for value, name in (class_names or {}).items()}
@@ -327,5 +331,13 @@ def mask_transforms(
             probabilities=checks.flag("probabilities", probabilities),
         ),
         *renumber,
-        SaveMaskd("pred", output_dir=output_dir, postfix=postfix, classes=classes, made_by=made_by),
+        SaveMaskd(
+            "pred",
+            output_dir=output_dir,
+            postfix=postfix,
+            classes=classes,
+            made_by=made_by,
+            dicom_seg=dicom_seg,
+            series=series,
+        ),
     ]

@@ -33,7 +33,7 @@ class InvertedClassesd(MapTransform):
     in steps of 1/65535.
 
     Args:
-        keys: probabilities (C, *S), with the transforms that were applied to `image_key`.
+        keys: probabilities (C, *S), with the transforms that were applied to `image_key`; or what `SlabInferer` keeps.
         preprocessing: the chain that made the network's input.
         image_key: key of the image.
         softmax: what stands at the keys are logits, whose softmax is the probabilities.
@@ -66,7 +66,7 @@ class InvertedClassesd(MapTransform):
             operations = {operation["class"] for operation in getattr(image, "applied_operations", [])}
             turned = operations <= {"SpatialResample", "Orientation"}
             shares: list[Any] | None = [] if self.probabilities else None
-            if turned and "SpatialResample" not in operations and shares is None:
+            if isinstance(item[key], Mapping) or (turned and "SpatialResample" not in operations and shares is None):
                 classes, total, meta = self._only_turned(item, key)
             elif turned and "SpatialResample" in operations and image.ndim == 4:
                 classes, total, meta = self._in_slabs(item[key], image, shares)
@@ -84,14 +84,19 @@ class InvertedClassesd(MapTransform):
 
     def _only_turned(self, item: Mapping[Hashable, Any], key: Hashable) -> tuple[torch.Tensor, float, Any]:
         """Classes (1, *S), the sum of the probabilities of those that are not background, and the file's meta data."""
-        values = plain(item[key])
-        classes = torch.empty(1, *values.shape[1:], dtype=torch.uint8)
+        found = item[key]
+        kept = found if isinstance(found, Mapping) else None
+        shape = plain(found if kept is None else kept["classes"]).shape[1:]
+        classes = torch.empty(1, *shape, dtype=torch.uint8) if kept is None else plain(kept["classes"])
         total = 0.0
-        thick = max(1, SLAB_VALUES // max(1, values[:, 0].numel()))
-        for start in range(0, values.shape[1], thick):
-            share, number = self._probabilities(values[:, start : start + thick]).max(0)
-            classes[0, start : start + thick] = number
-            total += float(share.where(number > 0, 0.0).sum(dtype=torch.float64))
+        thick = max(1, SLAB_VALUES // max(1, shape[1:].numel() * (len(found) if kept is None else 1)))
+        for start in range(0, shape[0], thick):
+            slab = (slice(None), slice(start, start + thick))
+            if kept is None:
+                share, classes[0, slab[1]] = self._probabilities(plain(found)[slab]).max(0)
+            else:
+                share = plain(kept["probability"])[slab][0]
+            total += float(share.where(classes[slab][0] > 0, 0.0).sum(dtype=torch.float64))
         classes, meta = self._inverted(item, key, classes)
         return classes, total, meta
 

@@ -6,6 +6,7 @@ import gzip
 import logging
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
@@ -26,6 +27,8 @@ from medconstraints.volumes.files import readers
 __all__ = ["LoadVolumed"]
 
 logger = logging.getLogger(__name__)
+# LoadImage tries every reader that MONAI has; this one warns each time where pydicom is without a decoder on the GPU.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
 CHUNK_BYTES = 1 << 22
 EXACT_IN_FLOAT32 = 1 << 24  # larger whole numbers have no float32 of their own
@@ -75,7 +78,9 @@ class LoadVolumed(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.dtype = dtype
-        self.loader = LoadImage(reader=reader, image_only=True, dtype=None, ensure_channel_first=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+            self.loader = LoadImage(reader=reader, image_only=True, dtype=None, ensure_channel_first=False)
         if reader is None:
             for own in readers(form, series):
                 self.loader.register(own)

@@ -12,8 +12,12 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from medconstraints import checks
 from medconstraints.data.output_folders import mask_path
 from medconstraints.data.training_cohort import intensities_of
+from medconstraints.volumes.dicom import DICOM_ENDINGS
+from medconstraints.volumes.dicom_seg import dicom_seg_path, require_highdicom, save_dicom_seg
+from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.facts import facts_path, mask_facts
 from medconstraints.volumes.grids import grid_of
 from medconstraints.volumes.masks import probabilities_path, save_mask, save_probabilities
@@ -35,6 +39,9 @@ class SaveMaskd(MapTransform):
         postfix: of items without "mask", see `mask_path`.
         classes: value in the mask -> name of each class, for the JSON file; None takes the values that are there.
         made_by: fingerprint of the run, for the JSON file, see `run_fingerprint`.
+        dicom_seg: write masks of DICOM images as DICOM Segmentation too, see `save_dicom_seg`; where a series does not
+            let one, the JSON file says so.
+        series: series instance UID, of DICOM folders of several.
 
     Raises:
         ValueError: at the call, for a mask without file name, with several channels, or that does not fit its file.
@@ -48,12 +55,18 @@ class SaveMaskd(MapTransform):
         postfix: str = "seg",
         classes: Mapping[int, str] | None = None,
         made_by: str = "",
+        dicom_seg: bool = False,
+        series: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
         self.postfix = postfix
         self.classes = classes
         self.made_by = made_by
+        self.dicom_seg = checks.flag("dicom_seg", dicom_seg)
+        self.series = series
+        if dicom_seg:
+            require_highdicom()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save, and return the item as it is."""
@@ -70,18 +83,22 @@ class SaveMaskd(MapTransform):
             given = data.get("mask")
             path = self.output_dir / str(given) if given else mask_path(self.output_dir, file, postfix=self.postfix)
             affine = mask.meta.get("original_affine")
-            content = {
-                "classes": mask_facts(values, affine, classes=self.classes),
-                **grid_of(values.shape, affine),
-                "made_by": self.made_by,
-                "notes": str(mask.meta.get("geometry_notes") or ""),
-            }
+            classes = mask_facts(values, affine, classes=self.classes)
+            notes = str(mask.meta.get("geometry_notes") or "")
+            save_mask(values, file, path, affine=affine)
+            if "probabilities" in data:
+                save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)
+            if self.dicom_seg and (Path(file).is_dir() or Path(file).suffix.lower() in DICOM_ENDINGS):
+                names = {part["value"]: name for name, part in classes.items()}
+                seg = dicom_seg_path(path)
+                try:
+                    save_dicom_seg(values, file, seg, affine=affine, classes=names, series=self.series)
+                except VolumeError as error:
+                    notes = "; ".join(filter(None, [notes, str(error)]))
+            content = {"classes": classes, **grid_of(values.shape, affine), "made_by": self.made_by, "notes": notes}
             if "image" in data:  # as the network saw it
                 content["intensities"] = intensities_of(np.asarray(data["image"][0].cpu()))
             if "confidence" in data:
                 content["confidence"] = data["confidence"]
-            save_mask(values, file, path, affine=affine)
-            if "probabilities" in data:
-                save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)
             write_text(facts_path(path), json.dumps(content, indent=1) + "\n")
         return dict(data)

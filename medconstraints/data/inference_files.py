@@ -11,6 +11,7 @@ from typing import Any
 from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
+from medconstraints.volumes.dicom_seg import dicom_seg_path
 from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 from medconstraints.volumes.masks import probabilities_path
@@ -31,6 +32,7 @@ def volumes_for_inference(
     overwrite: bool = False,
     resume: bool = False,
     probabilities: bool = False,
+    dicom_seg: bool = False,
     made_by: str = "",
 ) -> list[dict[str, Any]]:
     """Items for every file of a folder, an entry of a datalist, or one file; `TolerantDataset` takes them.
@@ -50,6 +52,7 @@ def volumes_for_inference(
         overwrite: accept masks that exist already. They stay until the new ones are written.
         resume: keep masks that exist already, and segment the others.
         probabilities: those of the classes will be written too.
+        dicom_seg: DICOM Segmentations will be written too.
         made_by: of `run_fingerprint`, which masks that are kept must have too.
 
     Raises:
@@ -70,7 +73,9 @@ def volumes_for_inference(
     if output is not None:
         _check_apart(source, wanted, output)
         masks = [item["mask"] for item in wanted]
-        beside = [facts_path, *([probabilities_path] if checks.flag("probabilities", probabilities) else [])]
+        beside = [facts_path]
+        beside += [probabilities_path] if checks.flag("probabilities", probabilities) else []
+        beside += [dicom_seg_path] if checks.flag("dicom_seg", dicom_seg) else []
         others = [path_of(Path(mask)).as_posix() for path_of in beside for mask in masks]
         check_output_dir(output, [*masks, *others, *REPORTS], overwrite=overwrite or resume)
         if resume:

@@ -25,6 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from medconstraints.checks import plain
 from medconstraints.data.inference_files import INFERENCE_REPORT
 from medconstraints.data.output_folders import mask_path
+from medconstraints.volumes.dicom_seg import dicom_seg_path
 from medconstraints.volumes.facts import facts_path
 from medconstraints.volumes.masks import probabilities_path
 from medconstraints.writing import write_text
@@ -184,8 +185,10 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     @staticmethod
     def _check_finite(engine: Any) -> None:
+        found = engine.state.output[CommonKeys.PRED]
+        found = found["probability"] if isinstance(found, Mapping) else found  # see SlabInferer
         # In parts: of a large volume the answers of all voxels are as much as its logits.
-        parts = plain(engine.state.output[CommonKeys.PRED]).flatten(1).split(1 << 24, 1)
+        parts = plain(found).flatten(1).split(1 << 24, 1)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ValueError(
                 "the network's output has NaN or infinite values: its weights are not sound, or such are in the image"
@@ -202,7 +205,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         logger.error("%s failed: %s", name, told["reason"])
         if self.output_dir is None:
             return
-        for former in (of(self.output_dir / mask) for of in (Path, facts_path, probabilities_path)):
+        for former in (of(self.output_dir / mask) for of in (Path, facts_path, probabilities_path, dicom_seg_path)):
             if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
                 os.replace(former, former.with_name(former.name + ".old"))
                 logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -24,13 +24,16 @@ LEAST = -6e4  # of a logit below the largest of its voxel: half precision ends t
 
 
 class SlabInferer(SlidingWindowInferer):
-    """MONAI's `SlidingWindowInferer`, which blends a large volume slab by slab, to logits in half precision.
+    """MONAI's `SlidingWindowInferer`, which blends a large volume slab by slab and keeps little of it.
 
-    Of each voxel the largest logit is taken off before it is rounded: softmax is the same, and where classes are nearly
-    equally probable the numbers are exact. So 20 classes of a volume take a quarter of the memory, or less.
+    Of an image that was only turned since it was read, the class that is most probable and its probability are kept:
+    the classes of a voxel are never compared with those of another. Of other images, and with `whole`, all logits are
+    kept in half precision, less the largest of their voxel: softmax is the same, and where classes are nearly equally
+    probable the numbers are exact.
 
     Args:
         args: of `SlidingWindowInferer`, which does all other volumes.
+        whole: keep the logits of all classes.
         large: voxels of a volume that is blended slab by slab.
         options: as `args`.
 
@@ -38,60 +41,75 @@ class SlabInferer(SlidingWindowInferer):
         ValueError: at the call, when the network's output has another shape than its window.
     """
 
-    def __init__(self, *args: Any, large: int = LARGE, **options: Any) -> None:
+    def __init__(self, *args: Any, whole: bool = False, large: int = LARGE, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.whole = whole
         self.large = large
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Logits (1, C, *S) of an image (1, channels, *S), float16 on the CPU of a large one."""
+        """Of an image (1, channels, *S) what MONAI's gives; of a large one what is kept, on the CPU.
+
+        That is logits (1, C, *S) float16, or {"classes": (1, 1, *S) uint8, "probability": (1, 1, *S) float16}.
+        """
         if len(inputs) > 1 or inputs.shape[2:].numel() < self.large:
             return super().__call__(inputs, network, *args, **kwargs)
-        logits = self._slabs(plain(inputs), lambda windows: network(windows, *args, **kwargs))
-        return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
+        slabs = self._slabs(plain(inputs), lambda windows: network(windows, *args, **kwargs))
+        size = inputs.shape[2:]
+        if self.whole or not _only_turned(inputs):
+            logits = None
+            for start, plane in slabs:
+                if logits is None:
+                    logits = torch.empty(1, len(plane), *size, dtype=torch.float16)
+                logits[0, :, start] = (plane - plane.amax(0)).clamp_(min=LEAST)
+            return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
+        classes = torch.empty(1, 1, *size, dtype=torch.uint8)
+        probability = torch.empty(1, 1, *size, dtype=torch.float16)
+        for start, plane in slabs:
+            probability[0, 0, start], classes[0, 0, start] = plane.softmax(0).max(0)
+        return {"classes": classes, "probability": probability}
 
-    def _slabs(self, image: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+    def _slabs(self, image: Tensor, network: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Number of each plane across the first axis, in order, and its logits (C, *S[1:])."""
         dims, size = image.dim() - 2, image.shape[2:]
         roi = fall_back_tuple(self.roi_size, size)
         margins = [max(side - full, 0) for side, full in zip(roi, size, strict=True)]
         if any(margins):
             pad = [end for margin in reversed(margins) for end in (margin // 2, margin - margin // 2)]
             image = F.pad(image, pad, mode=str(self.padding_mode.value), value=self.cval)
+        inside = [slice(margin // 2, margin // 2 + side) for margin, side in zip(margins, size, strict=True)]
         full = image.shape[2:]
-        steps = _get_scan_interval(full, roi, dims, ensure_tuple_rep(self.overlap, dims))
+        windows = dense_patch_slices(
+            full, roi, _get_scan_interval(full, roi, dims, ensure_tuple_rep(self.overlap, dims))
+        )
         weights = compute_importance_map(roi, self.mode, self.sigma_scale, image.device, torch.float32)
-        logits = sums = None
-        counts = torch.zeros(roi[0], *full[1:], device=image.device)
-        done = 0
-        for start, group in groupby(dense_patch_slices(full, roi, steps), lambda window: window[0].start):
-            if logits is not None and sums is not None and start > done:
-                _hand_out(sums, counts, logits, done, start - done)
-                done = start
-            row = list(group)
+        sums, counts = torch.empty(0), torch.zeros(roi[0], *full[1:], device=image.device)
+        rows = [list(row) for _, row in groupby(windows, lambda window: window[0].start)]
+        starts = [row[0][0].start for row in rows]
+        for row, start, after in zip(rows, starts, [*starts[1:], full[0]], strict=True):
             for number in range(0, len(row), self.sw_batch_size):
-                windows = row[number : number + self.sw_batch_size]
-                found = network(torch.cat([image[(slice(None), slice(None), *window)] for window in windows]))
+                batch = row[number : number + self.sw_batch_size]
+                found = plain(network(torch.cat([image[(slice(None), slice(None), *window)] for window in batch])))
                 if tuple(found.shape[2:]) != tuple(roi):
                     raise ValueError(
                         f"network: expected an output of the window's shape {tuple(roi)}, got {tuple(found.shape[2:])}."
                     )
-                if logits is None or sums is None:
-                    logits = torch.empty(1, found.shape[1], *full, dtype=torch.float16)
-                    sums = torch.zeros(found.shape[1], roi[0], *full[1:], device=image.device)
-                for one, window in zip(plain(found).float(), windows, strict=True):
+                if not len(sums):
+                    sums = torch.zeros(found.shape[1], *counts.shape, device=image.device)
+                for one, window in zip(found.float(), batch, strict=True):
                     sums[(slice(None), slice(None), *window[1:])] += one * weights
                     counts[(slice(None), *window[1:])] += weights
-        assert logits is not None and sums is not None
-        _hand_out(sums, counts, logits, done, roi[0])
-        inside = [slice(margin // 2, margin // 2 + side) for margin, side in zip(margins, size, strict=True)]
-        return logits[(slice(None), slice(None), *inside)]
+            # No later window reaches the planes before its start. The others move up.
+            for plane in range(after - start):
+                if 0 <= start + plane - inside[0].start < size[0]:
+                    shown = (slice(None), *inside[1:])
+                    yield start + plane - inside[0].start, (sums[:, plane] / counts[plane])[shown]
+            for buffer, axis in ((sums, 1), (counts, 0)):
+                rest = roi[0] - (after - start)
+                for plane in range(rest):
+                    buffer.select(axis, plane).copy_(buffer.select(axis, plane + after - start))
+                buffer.narrow(axis, rest, after - start).zero_()
 
 
-def _hand_out(sums: Tensor, counts: Tensor, logits: Tensor, start: int, thick: int) -> None:
-    """Planes that no later window reaches go from the sums to the logits, and the others move up."""
-    blended = sums[:, :thick] / counts[:thick]
-    blended -= blended.amax(0)
-    logits[0, :, start : start + thick] = blended.clamp_(min=LEAST).half()
-    for buffer, axis in ((sums, 1), (counts, 0)):
-        rest = buffer.shape[axis] - thick
-        buffer.narrow(axis, 0, rest).copy_(buffer.narrow(axis, thick, rest).clone())
-        buffer.narrow(axis, rest, thick).zero_()
+def _only_turned(image: Tensor) -> bool:
+    operations = getattr(image, "applied_operations", None) or [[{"class": None}]]
+    return all(operation["class"] == "Orientation" for operation in operations[0])

@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, named_errors, read_itk
 
-__all__ = ["DICOM_ENDINGS", "DicomReader", "is_dicom", "read_series", "series_of"]
+__all__ = ["DICOM_ENDINGS", "DicomReader", "files_of", "is_dicom", "read_series", "series_of"]
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 # Enhanced and converted CT, MR and PET: each of their frames has its place, which GDCM reads.
@@ -75,46 +75,53 @@ def series_of(folder: Path) -> Mapping[str, Sequence[str]]:
     return series
 
 
-def read_series(folder: Path, uid: str | None = None) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """Voxels (X, Y, Z) of a DICOM series, and the affine to RAS in millimetres, from the positions of its slices.
-
-    Args:
-        folder: the files of the series.
-        uid: series instance UID, where there are several.
+def files_of(path: Path, uid: str | None = None) -> list[Path]:
+    """Files of the series of a folder, in no order, or the one file that is given.
 
     Raises:
-        VolumeError: several series and none is named, files that cannot be read, slices that are missing, twice there,
-            uneven, of several sizes or orientations, without a place, or that lean (gantry tilt); colours; MONOCHROME1.
+        VolumeError: see `series_of`; several series and none is named, or the folder has no such series.
     """
-    series = series_of(folder)
+    if path.is_file():
+        return [path]
+    series = series_of(path)
     if uid is None and len(series) > 1:
         told = ", ".join(
             f"{name} ({len(files)} files, such as {Path(files[0]).name})" for name, files in series.items()
         )
-        raise VolumeError(f"{folder.name}: holds {len(series)} series: {told}; set series to one of them.")
+        raise VolumeError(f"{path.name}: holds {len(series)} series: {told}; set series to one of them.")
     chosen = series.get(uid or next(iter(series)))
     if chosen is None:
-        raise VolumeError(f"{folder.name}: has no series {uid}; it has {', '.join(series)}.")
-    return _read_files(folder.name, [Path(name) for name in chosen])
+        raise VolumeError(f"{path.name}: has no series {uid}; it has {', '.join(series)}.")
+    return [Path(name) for name in chosen]
 
 
-def _read_files(name: str, files: Sequence[Path]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """Voxels and affine of the files of a series, in whatever order."""
-    slices = [_slice(path) for path in files]
+def read_series(path: Path, uid: str | None = None) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Voxels (X, Y, Z) of a DICOM series, and the affine to RAS in millimetres, from the positions of its slices.
+
+    Args:
+        path: folder of the series, or one file.
+        uid: series instance UID, where there are several.
+
+    Raises:
+        VolumeError: see `files_of`; files that cannot be read, slices that are missing, twice there, uneven, of several
+            sizes or orientations, without a place, or that lean (gantry tilt); colours; MONOCHROME1.
+    """
+    files = files_of(path, uid)
+    slices = [_slice(file) for file in files]
     if len(files) == 1 and slices[0].frames > 1:  # several frames in one file have their geometry in it
         image = read_itk(files[0])
         return sitk.GetArrayFromImage(image).transpose(2, 1, 0), itk_affine(image)
     slices.sort(key=lambda one: float(one.position @ _normal(one)))
     first, last = slices[0], slices[-1]
     if len(slices) > 1:
-        _check_stack(name, slices)
+        _check_stack(path.name, slices)
     elif not first.thickness_mm:
-        raise VolumeError(f"{name}: is one slice without a thickness: its voxels have no size; give the series.")
+        raise VolumeError(f"{path.name}: is one slice without a thickness: its voxels have no size; give the series.")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(one.path) for one in slices])
     if len({one.values for one in slices}) > 1:  # of several scales the type of the first slice's would cut the others
         reader.SetOutputPixelType(sitk.sitkFloat64)
-    with named_errors(Path(name)):
+    with named_errors(path):
         image = reader.Execute()
     affine = np.eye(4)
     affine[:3, :2] = first.axes * first.step_mm
@@ -242,5 +249,5 @@ class DicomReader(ItkFileReader):
         return all(path.is_dir() or path.suffix.lower() in DICOM_ENDINGS for path in paths)
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
-        voxels, affine = read_series(path, self.series) if path.is_dir() else _read_files(path.name, [path])
+        voxels, affine = read_series(path, self.series)
         return voxels, affine, 3, ""

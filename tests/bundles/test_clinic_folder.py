@@ -62,6 +62,7 @@ def dicom(folder, voxels=VOXELS, *, uid="1.2.3", skip=()):
     for k in set(range(voxels.shape[2])) - set(skip):
         plane = sitk.GetImageFromArray(voxels[:, ::-1, k].T[None])
         values = {"0008|0060": "MR", "0010|0010": "Secret^Name", "0020|000d": "1.2", "0020|000e": uid}
+        values |= {"0020|0052": "1.2.9", "0010|0020": "P1", "0020|0011": "1"}
         values |= {"0020|0013": str(k), "0020|0037": "1\\0\\0\\0\\1\\0", "0028|0030": "1\\1", "0018|0050": "1"}
         values |= {"0020|0032": f"-20\\{30 - voxels.shape[1] + 1}\\{5 + k}"}
         for tag, value in values.items():
@@ -212,6 +213,7 @@ def run(tmp_path_factory):
     bundle = ROOT / "bundles" / "size_constraint"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs" / "inference.json")]
     command += ["--bundle_root", str(bundle), "--dataset_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    command += ["--dicom_seg", "True", "--probabilities", "True"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", errors="replace")
     told = json.loads((folder / "out" / "inference.json").read_text())["volumes"]
@@ -269,6 +271,14 @@ def test_a_bad_file_is_told_with_its_reason(run, name):
 def test_what_is_no_volume_is_left_out_with_its_reason(run, name):
     row = run[1][name]
     assert row["state"] == "left out" and OTHERS[name][1] in row["reason"]
+
+
+def test_what_was_asked_for_lies_beside_the_masks(run):
+    out = run[0] / "out"
+    assert {path.name for path in out.rglob("*.dcm")} == {"series_seg.dcm", "unnamed series_seg.dcm"}
+    shares = {path.name.replace("_probabilities", "") for path in out.rglob("*_probabilities.nii.gz")}
+    masks = {Path(row["mask"]).name for row in run[1].values() if row["mask"]}
+    assert shares == {name if name.endswith(".nii.gz") else f"{name}.nii.gz" for name in masks}
 
 
 def test_the_run_as_a_whole(run):

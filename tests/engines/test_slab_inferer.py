@@ -31,10 +31,23 @@ def test_as_monai(shape, roi, overlap, mode):
     image = torch.randn(1, 1, *shape)
     options = {"sw_batch_size": 3, "overlap": overlap, "mode": mode}
     expected = SlidingWindowInferer(roi, **options)(image, network)
-    found = SlabInferer(roi, large=1, **options)(image, network)
+    found = SlabInferer(roi, whole=True, large=1, **options)(image, network)
     assert found.dtype == torch.float16 and found.shape == expected.shape
     torch.testing.assert_close(found.float(), expected - expected.amax(1, keepdim=True), rtol=1e-3, atol=1e-6)
     assert torch.equal(found.amax(1), torch.zeros_like(found[:, 0]))
+
+
+@pytest.mark.parametrize(("shape", "roi"), SHAPES.values(), ids=SHAPES)
+def test_of_images_that_were_only_turned_the_best_class_is_kept(shape, roi):
+    network = network_of(len(shape))
+    image = MetaTensor(torch.randn(1, 1, *shape), applied_operations=[[{"class": "Orientation"}]])
+    expected, number = SlidingWindowInferer(roi, 3)(image.as_tensor(), network).softmax(1).max(1, keepdim=True)
+    found = SlabInferer(roi, 3, large=1)(image, network)
+    assert torch.equal(found["classes"], number.byte())
+    torch.testing.assert_close(found["probability"].float(), expected, rtol=1e-3, atol=0)
+    for operations in ([], [[{"class": "Orientation"}, {"class": "SpatialResample"}]]):
+        image.applied_operations = operations
+        assert SlabInferer(roi, 3, large=1)(image, network).shape == (1, 3, *shape)
 
 
 def test_small_volumes_and_batches_are_done_by_monai():
@@ -49,7 +62,9 @@ def test_small_volumes_and_batches_are_done_by_monai():
 def test_channels_meta_data_and_further_arguments():
     network = network_of(3, channels=2)
     image = MetaTensor(torch.randn(1, 2, 20, 9, 9), meta={"filename_or_obj": "a.nii"})
-    found = SlabInferer((8, 8, 8), 2, large=1)(image, lambda windows, scale: network(windows) * scale, scale=2.0)
+    found = SlabInferer((8, 8, 8), 2, whole=True, large=1)(
+        image, lambda windows, scale: network(windows) * scale, scale=2.0
+    )
     expected = 2 * SlidingWindowInferer((8, 8, 8), 2)(image.as_tensor(), network)
     torch.testing.assert_close(
         found.as_tensor().float(), expected - expected.amax(1, keepdim=True), rtol=1e-3, atol=1e-6
@@ -61,7 +76,7 @@ def test_large_logits_stay_finite_and_others_do_not():
     image = torch.randn(1, 1, 20, 8, 8)
     for value, finite in ((1e6, True), (float("inf"), False), (float("nan"), False)):
         network = lambda windows, value=value: torch.cat([windows * 0, windows * 0 + value, windows * 0 - 1e6], 1)  # noqa: E731
-        found = SlabInferer((8, 8, 8), 2, large=1)(image, network)
+        found = SlabInferer((8, 8, 8), 2, whole=True, large=1)(image, network)
         assert bool(found.isfinite().all()) == finite
         if finite:
             torch.testing.assert_close(found.float().softmax(1)[:, 1], torch.ones(1, 20, 8, 8))
