@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,22 +15,22 @@ from medconstraints.data.run_settings import write_settings
 from medconstraints.data.training_cohort import outside_of
 from medconstraints.data.weights_card import read_card
 from medconstraints.reports.page import Row, write_page
-from medconstraints.volumes.facts import read_facts
+from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.writing import write_text
 
-__all__ = ["finish_inference", "write_inference_page", "write_inference_table"]
+__all__ = ["finish_inference", "flags_of", "write_flags", "write_inference_page", "write_inference_table"]
 
 logger = logging.getLogger(__name__)
 
 LOW_CONFIDENCE = 0.8  # mean probability of the chosen class within a mask
 COLUMNS = (
     *("name", "state", "reason", "mask", "class", "value", "voxels", "ml", "right_mm", "anterior_mm", "superior_mm"),
-    *("pieces", "at_border", "confidence", "notes"),
+    *("pieces", "at_border", "confidence", "flags"),
 )
 
 
 def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path, **options: Any) -> None:
-    """After an inference: write its settings, `volumes.csv` and `index.html`, and end with its exit status.
+    """After an inference: write its settings, flags, `volumes.csv` and `index.html`, and end with its exit status.
 
     Args:
         evaluator: `TolerantEvaluator`, after its run.
@@ -44,13 +45,20 @@ def finish_inference(evaluator: Any, output_dir: str | Path, weights: str | Path
         return  # torchrun stops all processes when one of them fails, and the first has not written yet
     folder = Path(output_dir)
     write_settings(folder, weights)
+    write_flags(evaluator.rows, folder, read_card(weights).get("cohort"))
     table = write_inference_table(folder / "volumes.csv", evaluator.rows, folder)
-    page = write_inference_page(
-        folder / "index.html", evaluator.rows, folder, cohort=read_card(weights).get("cohort"), **options
-    )
+    page = write_inference_page(folder / "index.html", evaluator.rows, folder, **options)
     logger.info("masks: %s\ntable: %s\npage:  %s", folder, table, page)
     if evaluator.exit_status:
         raise SystemExit(evaluator.exit_status)
+
+
+def write_flags(rows: Sequence[Mapping[str, Any]], output_dir: Path, cohort: Mapping[str, Any] | None) -> None:
+    """Put what a person should look at into the facts of each mask, as "flags", see `flags_of`."""
+    for row in rows:
+        if row["mask"] and (facts := read_facts(output_dir / row["mask"])):
+            facts["flags"] = flags_of(facts, cohort)
+            write_text(facts_path(output_dir / row["mask"]), json.dumps(facts, indent=1) + "\n")
 
 
 def write_inference_table(path: Path, rows: Sequence[Mapping[str, Any]], output_dir: Path) -> Path:
@@ -69,7 +77,8 @@ def write_inference_table(path: Path, rows: Sequence[Mapping[str, Any]], output_
     for row in rows:
         facts = read_facts(output_dir / row["mask"]) if row["mask"] else {}
         shared = {key: _no_formula(str(row[key])) for key in ("name", "state", "reason", "mask")}
-        shared |= {"notes": facts.get("notes", ""), "confidence": facts.get("confidence", "")}
+        flags = _no_formula("; ".join(facts.get("flags", ())))
+        shared |= {"flags": flags, "confidence": facts.get("confidence", "")}
         for name, part in facts.get("classes", {}).items() or [("", {})]:
             places = dict(zip(("right_mm", "anterior_mm", "superior_mm"), part.get("centroid_mm", ()), strict=False))
             given = {key: part[key] for key in ("value", "voxels", "ml", "pieces", "at_border") if key in part}
@@ -98,8 +107,6 @@ def write_inference_page(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
     output_dir: Path,
-    *,
-    cohort: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """A page for all files, that needs no network: state, sizes, flags, a picture of each and a viewer; sortable.
@@ -108,7 +115,6 @@ def write_inference_page(
         path: file to write.
         rows: of `TolerantEvaluator`.
         output_dir: folder of the masks, and of the facts beside them.
-        cohort: of the training, see `cohort_of`.
         **options: `series`, `radiological` and `viewer` of `write_page`.
     """
     facts = [read_facts(output_dir / row["mask"]) if row["mask"] else {} for row in rows]
@@ -123,7 +129,7 @@ def write_inference_page(
             place=row["mask"],
             cells=[f"{size[name]:.2f}" if name in size else "" for name in names],
             reason=row["reason"],
-            flags=flags_of(found, cohort),
+            flags=found.get("flags", ()),
             class_names={part["value"]: name for name, part in found.get("classes", {}).items()},
         )
         for row, found, size in zip(rows, facts, sizes, strict=True)

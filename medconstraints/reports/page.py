@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from medconstraints.reports.planes import draw_planes
 from medconstraints.reports.render import render
@@ -100,7 +101,7 @@ def write_page(
         viewer: write the viewers, of up to some 10 MB each.
     """
     shown = []
-    for row in rows:
+    for row in tqdm(rows, desc="pages", disable=None):  # on a terminal alone
         drawn, link = _look(row, path, series=series, radiological=radiological, viewer=viewer)
         shown.append({"row": row, "picture": drawn, "link": link})
     bars = {name: found for name, values in (measured or {}).items() if (found := _bars(values))}

@@ -137,7 +137,7 @@ def _row(entry: Entry, mask: Path | None, results: Mapping[str, Any], names: Map
         place=entry.name,
         cells=[] if "reason" in case else [_number(row.get(key), n) for row in scored for _, key, n in MEASURES],
         reason=case.get("reason", ""),
-        flags=flags_of(read_facts(mask)) if mask else [],
+        flags=(facts := read_facts(mask)).get("flags", flags_of(facts)) if mask else [],
         class_names=names,
     )
 

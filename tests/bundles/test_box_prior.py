@@ -614,7 +614,8 @@ def test_what_contradicts_the_weights_is_refused_with_what_to_write(infer, train
         infer(volumes, patch_size=[32, 32, 16], num_classes=3)
     assert "num_classes is 3, but the weights were trained with 2: write --num_classes" in chain(caught.value)
     assert "patch_size is [32, 32, 16]" in chain(caught.value) and not written(tmp_path / "masks")
-    assert read_card(trained / "model.pt")["cohort"]["volumes"] > 0
+    card = read_card(trained / "model.pt")
+    assert card["cohort"]["volumes"] > 0 and card["class_names"] == {"1": "organ"}
 
 
 # Training: bad input

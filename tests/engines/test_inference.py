@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,3 +289,13 @@ def test_the_report_of_a_former_run_goes_with_the_start(make_evaluator, tmp_path
     with pytest.raises(KeyboardInterrupt):
         make_evaluator(["1.nii"], output_dir=tmp_path, network=Killed()).run()
     assert not report.exists()
+
+
+def test_the_bar_names_the_volume_at_work(make_evaluator, monkeypatch):
+    told = []
+    bar = SimpleNamespace(update=lambda: told.append("done"), close=lambda: told.append("end"))
+    bar.set_postfix_str = told.append
+    monkeypatch.setattr("medconstraints.engines.inference.tqdm", lambda **options: told.append(options) or bar)
+    make_evaluator(["knee1.nii", "bad.nii"]).run()
+    assert told[0]["total"] == 2 and told[0]["disable"] is None  # seen on a terminal alone
+    assert told[1:] == ["knee1.nii", "done", "bad.nii", "done", "end"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medconstraints.reports.inference import finish_inference, write_inference_page, write_inference_table
+from medconstraints.reports.inference import finish_inference, write_flags, write_inference_page, write_inference_table
 from medconstraints.reports.planes import colour_of, draw_planes
 
 EVIL = '=cmd|"<script>alert(1)</script>.nii'
@@ -36,14 +36,23 @@ def rows(tmp_path, rng):
 
 
 def test_table(tmp_path, rows):
+    write_flags(rows, tmp_path / "out", None)
     path = write_inference_table(tmp_path / "out" / "volumes.csv", rows, tmp_path / "out")
     first, second = csv.DictReader(io.StringIO(path.read_text("utf-8")))
     assert (first["class"], float(first["ml"]), float(first["anterior_mm"])) == ("organ", 0.12, 1.5)
-    assert (first["pieces"], first["at_border"], first["notes"]) == ("3", "True", "odd header")
+    assert (first["pieces"], first["at_border"]) == ("3", "True")
+    assert first["flags"] == "organ: 3 pieces; organ: touches the border; low confidence, 0.61; odd header"
     assert second["name"] == f"'{EVIL}" and second["reason"] == "is <b>truncated</b>" and second["class"] == ""
 
 
+def test_flags_stand_in_the_facts_of_each_mask(tmp_path, rows):
+    write_flags(rows, tmp_path / "out", {"ml": {"1": [1.0, 2.0]}})
+    facts = json.loads((tmp_path / "out" / "sub" / "a_seg.nii.gz.json").read_text("utf-8"))
+    assert "organ: 0.12 ml, where the training had 1 to 2" in facts["flags"] and facts["confidence"] == 0.61
+
+
 def test_page(tmp_path, rows):
+    write_flags(rows, tmp_path / "out", None)
     page = write_inference_page(tmp_path / "out" / "index.html", rows, tmp_path / "out").read_text("utf-8")
     [link] = re.findall(r'href="([^"]+)"', page)
     assert (tmp_path / "out" / link).is_file() and link == "index_pages/sub/a_seg.nii.gz.html"
