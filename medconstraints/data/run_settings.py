@@ -125,7 +125,10 @@ def _cohort(call: RunCall) -> dict[str, Any]:
     classes, nonzero = (resolved(call.parser, key, call.parser.config.get(key)) for key in ("num_classes", "nonzero"))
     cohort = cohort_of(items, classes if isinstance(classes, int) else None, nonzero=nonzero is True)
     logger.info("%s; all faults: python -m medconstraints check %s", cohort_line(cohort, len(items)), datalist)
-    return {"cohort": cohort, "class_names": {str(value): name for value, name in read_class_names(datalist).items()}}
+    names = {str(value): name for value, name in read_class_names(datalist).items()}
+    if isinstance(classes, int) and any(int(value) >= classes for value in names):
+        names = {}  # the network has other classes than the labels
+    return {"cohort": cohort, "class_names": names}
 
 
 def _has_images(datalist: str) -> bool:
