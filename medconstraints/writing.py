@@ -32,7 +32,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             message = f"the disk is full, {path.name} was not written"
-            raise OSError(errno.ENOSPC, message, str(path.parent)) from error
+            raise OSError(errno.ENOSPC, message, str(path.parent)) from None  # the last line of a command is the cause
         raise
     finally:
         beside.unlink(missing_ok=True)

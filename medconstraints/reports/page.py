@@ -121,6 +121,7 @@ def _look(row: Row, page: Path, *, series: str | None, radiological: bool, viewe
     """Three planes as a data URL, and the path of the viewer; empty where there is nothing to show."""
     if row.image is None or row.mask is None:
         return "", ""
+    picture, link = "", ""
     try:
         image = read_image(row.image, series=series).canonical()
         masks = {}
@@ -130,16 +131,16 @@ def _look(row: Row, page: Path, *, series: str | None, radiological: bool, viewe
                 require_same_grid(labels, image, tolerance=HEADER_TOLERANCE)
                 masks[name] = labels.data.astype(np.uint8)
         options: dict[str, Any] = {"reference": masks.get("Reference"), "radiological": radiological}
-        png, link = draw_planes(image.data, masks["Prediction"], image.affine, **options), ""
+        png = draw_planes(image.data, masks["Prediction"], image.affine, **options)
+        picture = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
         if viewer:
             file = pages_folder(page) / f"{row.place}.html"
             options |= {"title": row.name, "class_names": row.class_names}
             write_viewer(file, image.data, masks["Prediction"], image.affine, **options)
             link = quote(os.fsencode(file.relative_to(page.parent).as_posix()))
     except (OSError, ValueError, MemoryError) as error:
-        logger.warning("%s: no picture (%s)", row.name, error)
-        return "", ""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}", link
+        logger.warning("%s: no %s (%s)", row.name, "viewer" if picture else "picture", error)
+    return picture, link
 
 
 def _bars(values: Sequence[float]) -> list[tuple[float, float, int]]:
