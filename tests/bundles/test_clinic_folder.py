@@ -2,6 +2,7 @@
 
 import csv
 import json
+import locale
 import os
 import re
 import shutil
@@ -70,7 +71,9 @@ def dicom(folder, voxels=VOXELS, *, uid="1.2.3", skip=()):
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{uid}.{k:03d}.dcm"))
+        before = locale.setlocale(locale.LC_ALL)
         writer.Execute(plane)
+        locale.setlocale(locale.LC_ALL, before)  # writing DICOM sets it to C, and what is opened later is ASCII
 
 
 def two_series(folder):

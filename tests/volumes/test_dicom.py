@@ -1,5 +1,6 @@
 """A DICOM series is whole, even and alone, or refused with the files that are at fault."""
 
+import locale
 import shutil
 
 import numpy as np
@@ -39,7 +40,9 @@ def write_slice(path, plane, position, *, uid="1.2.3", number=1, axes=TURN, spac
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     writer.SetFileName(str(path))
+    before = locale.setlocale(locale.LC_ALL)
     writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)  # writing DICOM sets it to C, and what is opened later is ASCII
 
 
 def write_series(folder, voxels, *, lean=(0.0, 0.0, 0.0), **options):
