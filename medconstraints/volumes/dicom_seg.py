@@ -17,6 +17,11 @@ from medconstraints.writing import write_whole
 __all__ = ["dicom_seg_path", "require_highdicom", "save_dicom_seg"]
 
 
+# What a file must have and may leave empty (type 2): studies without names often lack them.
+MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
+MAY_BE_EMPTY += ("AccessionNumber", "ReferringPhysicianName")
+
+
 def dicom_seg_path(mask: Path) -> Path:
     """Where the DICOM Segmentation of a mask stands: beside it.
 
@@ -88,6 +93,9 @@ def save_dicom_seg(
     numbers[list(classes)] = range(1, len(classes) + 1)
     try:
         slices = [dcmread(file) for file in files_of(image, series)]
+        for one in slices:
+            for name in MAY_BE_EMPTY:
+                one.setdefault(name, None)
         places = np.array([[float(value) for value in one.ImagePositionPatient] for one in slices]) * [-1, -1, 1]
         matrix = np.asarray(affine, dtype=np.float64)
         planes = np.linalg.solve(matrix[:3, :3], (places - matrix[:3, 3]).T)[2].round().astype(int)

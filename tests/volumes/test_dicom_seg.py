@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from medconstraints.volumes import VolumeError, read_series
-from medconstraints.volumes.dicom_seg import require_highdicom, save_dicom_seg
+from medconstraints.volumes.dicom_seg import MAY_BE_EMPTY, require_highdicom, save_dicom_seg
 
 from .test_dicom import write_series
 
+pydicom = pytest.importorskip("pydicom", reason="needs pydicom")
 highdicom = pytest.importorskip("highdicom", reason="needs highdicom")
 
 PATIENT = {"0010|0020": "P1", "0020|0052": "1.2.9", "0008|0060": "MR", "0020|0011": "1", "0020|0010": "S"}
@@ -66,6 +67,19 @@ def test_a_class_that_is_not_there_is_a_segment_without_frames(tmp_path, series)
     assert list(places_of(seg)) == [2] and len(seg.SegmentSequence) == 2
     file = save_dicom_seg(0 * mask, series, tmp_path / "b.dcm", affine=affine, classes={1: "knee"})
     assert not highdicom.seg.segread(file).pixel_array.any()
+
+
+def test_a_series_without_names_and_dates(tmp_path, rng):
+    folder = write_series(tmp_path / "series", rng.integers(0, 9, (6, 5, 8)).astype(np.int16), **{"0020|0052": "1.2.9"})
+    for file in folder.iterdir():
+        one = pydicom.dcmread(file)
+        for name in MAY_BE_EMPTY:
+            one.pop(name, None)
+        one.save_as(file)
+    voxels, affine = read_series(folder)
+    file = save_dicom_seg((voxels > 4).astype(np.uint8), folder, tmp_path / "a.dcm", affine=affine, classes={1: "knee"})
+    seg = highdicom.seg.segread(file)
+    assert len(places_of(seg)[1]) == (voxels > 4).sum() and not seg.PatientName and not seg.StudyDate
 
 
 def test_a_series_without_a_frame_of_reference_is_told(tmp_path, rng):
