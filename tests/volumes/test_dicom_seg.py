@@ -29,9 +29,10 @@ def places_of(seg):
     found = {}
     planes = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)  # one frame alone has no axis of its own
     for frame, plane in zip(seg.PerFrameFunctionalGroupsSequence, planes, strict=True):
-        number = frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         position = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
         shared = seg.SharedFunctionalGroupsSequence[0]
+        named = frame if "SegmentIdentificationSequence" in frame else shared  # one segment alone is named once
+        number = named.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         axes = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float).reshape(2, 3)
         down, across = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
         rows, columns = np.nonzero(plane)
