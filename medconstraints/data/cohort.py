@@ -27,7 +27,8 @@ __all__ = [
     "missing_entry",
 ]
 
-_MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): (?:expected this key|the item of)")  # MONAI's words, and ours
+# MONAI's words, and ours.
+_MISSING_KEY = re.compile(r"Key `(\w+)` of transform|(\w+): (?:expected this key|the item of)")
 # A transform, a list of transforms, or name -> one of these: steps that an overlay of a config can replace by name.
 TransformSteps = Callable[..., Any] | Sequence[Any] | Mapping[str, Any]
 
