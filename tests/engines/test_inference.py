@@ -299,3 +299,19 @@ def test_the_bar_names_the_volume_at_work(make_evaluator, monkeypatch):
     make_evaluator(["knee1.nii", "bad.nii"]).run()
     assert told[0]["total"] == 2 and told[0]["disable"] is None  # seen on a terminal alone
     assert told[1:] == ["knee1.nii", "done", "bad.nii", "done", "end"]
+
+
+@pytest.mark.filterwarnings("ignore:.*skip the `run`")
+def test_a_process_without_volumes_takes_part_in_the_report(make_evaluator, tmp_path, monkeypatch):
+    evaluator, told = make_evaluator([], output_dir=tmp_path), []
+    other = {"name": "knee.nii", "state": "done", "reason": "", "mask": "knee_seg.nii.gz"}
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+
+    def gather(into, rows):
+        told.append(rows)
+        into[:] = [rows, [other]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    evaluator.run()
+    assert told == [[]] and evaluator.rows == [other]
+    assert json.loads((tmp_path / "inference.json").read_text())["volumes"] == [other]
