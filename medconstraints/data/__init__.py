@@ -15,6 +15,7 @@ from medconstraints.data.run_settings import (
     run_settings,
     start_inference,
     start_run,
+    trained,
     write_settings,
 )
 from medconstraints.data.semi_supervised import PairedDataset, semi_supervised_items
@@ -51,6 +52,7 @@ __all__ = [
     "semi_supervised_items",
     "start_inference",
     "start_run",
+    "trained",
     "volumes_for_inference",
     "write_settings",
 ]

@@ -19,7 +19,7 @@ from medconstraints.data.missing import MissingData
 from medconstraints.data.output_folders import check_run_dir, lock_folder
 from medconstraints.data.running import NOT_SETTINGS, RunCall, is_plain, leaves, resolved, running
 from medconstraints.data.training_cohort import cohort_line, cohort_of
-from medconstraints.data.weights_card import compare_with_card, read_card
+from medconstraints.data.weights_card import NEEDED, compare_with_card, read_card
 from medconstraints.writing import LEFT_BEHIND, write_text
 
 __all__ = [
@@ -158,7 +158,8 @@ def start_inference(
     if isinstance(volumes, MissingData):
         raise volumes.error
     if weights is not None and call is not None:
-        settings = {key: resolved(call.parser, key, value) for key, value in call.parser.config.items()}
+        config = call.parser.config
+        settings = {name: resolved(call.parser, name, config[name]) for name in NEEDED if name in config}
         if told := compare_with_card(_told_by(weights), settings):
             if as_trained:
                 raise ValueError(f"{'; '.join(told)}; or --as_trained False, if that is meant.")
@@ -241,6 +242,11 @@ def write_settings(
 def _told_by(weights: str | Path) -> dict[str, Any]:
     """What weights say of their training, or, without a card, what the training left beside them."""
     return read_card(weights) or read_settings(Path(weights).parent) or {}
+
+
+def trained(weights: str | Path, name: str, default: Any) -> Any:
+    """A setting of the training that made the weights, where they or a file beside them tell; else the default."""
+    return _told_by(weights).get("settings", {}).get(name, default)
 
 
 def run_fingerprint(weights: str | Path) -> str:

@@ -68,6 +68,9 @@ def _options(local: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**local["_args"], **dropped}.items() if name not in own}
 
 
+ASKING = ("$data.trained(", "$data.class_names_of(")  # what weights say of themselves
+
+
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Entries of a config that are no mappings, each with its place, such as "network_def#channels"."""
     if isinstance(value, dict):
@@ -78,8 +81,12 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def resolved(parser: ConfigParser, name: str, value: Any) -> Any:
-    """Plain values as they are, and expressions that only put other entries together, such as paths."""
-    if isinstance(value, str) and value.startswith(("$", "@")) and "(" not in value and "lambda" not in value:
+    """Plain values as they are, and expressions that only put other entries together, such as paths, or ask weights."""
+    if (
+        isinstance(value, str)
+        and value.startswith(("$", "@"))
+        and (value.startswith(ASKING) or ("(" not in value and "lambda" not in value))
+    ):
         try:
             found = parser.get_parsed_content(name)
         except (KeyError, ValueError, RuntimeError):

@@ -18,8 +18,10 @@ __all__ = ["dicom_seg_path", "require_highdicom", "save_dicom_seg"]
 
 
 # What a file must have and may leave empty (type 2): studies without names often lack them.
-MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
-MAY_BE_EMPTY += ("AccessionNumber", "ReferringPhysicianName")
+MAY_BE_EMPTY = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
 
 
 def dicom_seg_path(mask: Path) -> Path:

@@ -152,7 +152,7 @@ def test_metadata_names_the_pinned_versions(bundle):
 
 
 def test_metadata_describes_the_network(bundle):
-    metadata, config = read(bundle, "metadata"), read(bundle, "inference")
+    metadata, config = read(bundle, "metadata"), inference_content(bundle)
     [image], [pred] = (metadata["network_data_format"][name].values() for name in ("inputs", "outputs"))
     assert image["is_patch_data"] and image["spatial_shape"] == config["patch_size"]
     assert pred["num_channels"] == config["num_classes"] == len(pred["channel_def"])
@@ -167,6 +167,13 @@ def test_metadata_describes_the_network(bundle):
 # Configs
 
 
+def inference_content(bundle):
+    """What the inference takes from the shipped weights."""
+    parser = merged(bundle, "inference")
+    parser["bundle_root"] = str(bundle)
+    return {key: parser.get_parsed_content(key) for key in ("patch_size", "num_classes", "spacing_mm")}
+
+
 def config_sets(bundle):
     """Configs that are run alone, and each other config laid over inference (`inference_x`) or training."""
     names = sorted(path.stem for path in (bundle / "configs").glob("*.json"))
@@ -176,7 +183,7 @@ def config_sets(bundle):
 
 
 def test_training_and_inference_agree(bundle):
-    train, inference = read(bundle, "train"), read(bundle, "inference")
+    train, inference = read(bundle, "train"), read(bundle, "inference") | inference_content(bundle)
     for key in ("network_def", "patch_size", "num_classes", "spacing_mm"):
         assert train[key] == inference[key], key
 
@@ -233,7 +240,7 @@ def test_exported_network_gives_the_same(bundle, tmp_path):
     )
     files = {"inference.json": "", "train.json": "", "metadata.json": ""}
     exported = torch.jit.load(tmp_path / "model.ts", map_location="cpu", _extra_files=files)
-    image = torch.randn(1, 1, *read(bundle, "inference")["patch_size"])
+    image = torch.randn(1, 1, *inference_content(bundle)["patch_size"])
     with torch.no_grad():
         torch.testing.assert_close(exported(image), network_of(bundle)(image))
     assert json.loads(files["inference.json"]) == read(bundle, "inference")

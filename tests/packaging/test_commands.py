@@ -458,7 +458,8 @@ def bundle_run(command):
 def small(configs, options, folder):
     """Options that make a run tiny, as far as its config has them."""
     parser = merge([folder / file for file in configs])
-    patch = [32, 32] if len(options.get("patch_size", parser["patch_size"])) == 2 else [16, 16, 16]
+    given = options.get("patch_size", parser["patch_size"])  # an expression in what asks the weights, for volumes
+    patch = [32, 32] if isinstance(given, list) and len(given) == 2 else [16, 16, 16]
     wanted = {"epochs": 1, "val_interval": 1, "cache_rate": 0.0, "patch_size": patch, "batch_size": 2, "num_workers": 0}
     wanted |= {"guide_fraction": 0.5, "as_trained": False}  # shipped weights had larger patches
     read = {name for name in wanted if f"@{name}" in json.dumps(parser.get())}
