@@ -63,7 +63,7 @@ def run_demo(
     _run_bundle(bundle, "train", {**SHAPE, **train})
     masks, weights = output / "masks", output / "run" / "model.pt"
     infer = {"dataset_dir": str(datalist), "output_dir": str(masks), "ckpt_path": str(weights)}
-    _run_bundle(bundle, "inference", {**SHAPE, **infer})
+    _run_bundle(bundle, "inference", infer)
     scored: dict[str, Any] = {"datalist": datalist, "section": "test", "predictions": masks}
     results = evaluate_predictions(**scored, structures={"organ": [1]})
     scores, page = output / "results.json", output / "report.html"
