@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ __all__ = ["SaveMaskd"]
 
 class SaveMaskd(MapTransform):
     """Save masks as `<output_dir>/<name>_<postfix>`, see `save_mask` and `mask_facts`; existing files are replaced.
+
+    What lay beside a mask that is replaced, its probabilities and its DICOM Segmentation, is renamed to `.old`.
 
     An item of `volumes_for_inference` says under "mask" where its mask belongs. Beside each mask a JSON file of its
     name tells what it holds; and probabilities, where an item has them, see `save_probabilities`.
@@ -85,6 +88,9 @@ class SaveMaskd(MapTransform):
             affine = mask.meta.get("original_affine")
             classes = mask_facts(values, affine, classes=self.classes)
             notes = str(mask.meta.get("geometry_notes") or "")
+            for beside in (probabilities_path(path), dicom_seg_path(path)) if path.exists() else ():
+                if beside.exists():  # of the mask that is replaced
+                    os.replace(beside, beside.with_name(f"{beside.name}.old"))
             save_mask(values, file, path, affine=affine)
             if "probabilities" in data:
                 save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)

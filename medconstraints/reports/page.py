@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -84,7 +84,7 @@ def write_page(
     radiological: bool = True,
     viewer: bool = True,
 ) -> Path:
-    """Write the page, and beside it a folder with a viewer for each volume that has an image and a mask.
+    """Write the page, and beside it a folder with a viewer for each volume that has an image and a mask, and no others.
 
     Args:
         path: file to write.
@@ -104,6 +104,10 @@ def write_page(
     for row in tqdm(rows, desc="pages", disable=None):  # on a terminal alone
         drawn, link = _look(row, path, series=series, radiological=radiological, viewer=viewer)
         shown.append({"row": row, "picture": drawn, "link": link})
+    written = {path.parent / os.fsdecode(unquote_to_bytes(one["link"])) for one in shown}
+    for file in pages_folder(path).rglob("*.html"):
+        if file not in written:  # the viewer of a former mask
+            file.unlink()
     bars = {name: found for name, values in (measured or {}).items() if (found := _bars(values))}
     counts = {state: sum(row.state == state for row in rows) for state in dict.fromkeys(row.state for row in rows)}
     picture = None if picture_png is None else base64.b64encode(picture_png).decode("ascii")

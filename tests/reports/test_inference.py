@@ -65,6 +65,15 @@ def test_page(tmp_path, rows):
     assert Image.open(io.BytesIO(base64.b64decode(picture))).height == 160
 
 
+def test_no_viewer_of_a_former_mask_is_left(tmp_path, rows):
+    page = tmp_path / "out" / "index.html"
+    write_inference_page(page, rows, tmp_path / "out")
+    (tmp_path / "out" / "index_pages" / "b_seg.nii.html").write_text("of a former run")
+    for viewer, left in ((True, ["a_seg.nii.gz.html"]), (False, [])):
+        write_inference_page(page, rows, tmp_path / "out", viewer=viewer)
+        assert [file.name for file in (tmp_path / "out" / "index_pages").rglob("*.html")] == left
+
+
 def test_sizes_of_several_volumes_make_a_histogram(tmp_path, rows):
     assert "<svg" not in write_inference_page(tmp_path / "one.html", rows, tmp_path / "out").read_text("utf-8")
     for number, ml in enumerate((1.0, 1.1, 9.0, 9.2)):

@@ -231,3 +231,20 @@ def test_probabilities_are_those_that_the_mask_was_taken_from(tmp_path, name, sp
     values = sitk.GetArrayFromImage(mask).transpose(2, 1, 0)
     assert clear.mean() > 0.99 and set(np.unique(values)) == {0, 5, 9}
     np.testing.assert_array_equal(np.array([0, 5, 9])[shares.argmax(-1)][clear], values[clear])
+
+
+def test_what_belongs_to_a_mask_that_is_replaced_is_not_left_beside_the_new_one(tmp_path):
+    image = tmp_path / "in.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.int16), np.eye(4)), image)
+    mask = MetaTensor(torch.ones(1, *SHAPE), meta={"filename_or_obj": str(image), "original_affine": np.eye(4)})
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    beside = [masks / "in_seg_probabilities.nii.gz", masks / "in_seg.dcm"]
+    for file in beside:
+        file.write_bytes(b"of another mask")
+    SaveMaskd(output_dir=masks)({"pred": mask})  # the first mask: these are not its own
+    assert all(file.exists() for file in beside)
+    SaveMaskd(output_dir=masks)({"pred": mask, "probabilities": np.zeros((2, *SHAPE), np.uint16)})
+    assert [file.exists() for file in beside] == [True, False]
+    assert all(file.with_name(f"{file.name}.old").read_bytes() == b"of another mask" for file in beside)
+    assert nib.load(beside[0]).shape == (*SHAPE, 2)
