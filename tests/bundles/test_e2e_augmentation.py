@@ -64,7 +64,7 @@ def same(one, two):
     return one == two
 
 
-@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize("levels", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_exact_resume_of_everything(levels, bundle, run_bundle, two_class_cohort, cut_off, tmp_path):
     given = {"datalist": two_class_cohort, "levels": levels, "train#trainer#warm_up": 0, **RUN}
     run_bundle(bundle, output_dir=tmp_path / "whole", **given)

@@ -455,7 +455,7 @@ def test_bad_options_are_named(train, two_class_cohort, tmp_path, messages, opti
 # A run that is killed
 
 
-@pytest.mark.parametrize("overlay", ["", "acdc"])
+@pytest.mark.parametrize("overlay", ["", pytest.param("acdc", marks=pytest.mark.slow)])
 def test_the_table_of_a_resumed_run(train, three_organs, some_absent, cut_off, messages, read_table, tmp_path, overlay):
     """One row for each epoch, the same as in the uninterrupted run; whole volumes in an order of their own."""
     base = (ACDC | {"level": "volume"} if overlay else TRAIN) | {"epochs": 3}

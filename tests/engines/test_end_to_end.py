@@ -181,7 +181,9 @@ def record(make_trainer, double):
     return make
 
 
-@pytest.mark.parametrize(("optimizer", "dims"), [("SGD", 2), ("AdamW", 2), ("RMSprop", 2), ("SGD", 3)])
+@pytest.mark.parametrize(
+    ("optimizer", "dims"), [("SGD", 2), ("AdamW", 2), ("RMSprop", 2), pytest.param("SGD", 3, marks=pytest.mark.slow)]
+)
 def test_the_gradient_of_the_architecture_is_that_of_the_whole_pipeline(record, optimizer, dims):
     trainer = record(optimizer, dims)
     direct, through = trainer.found

@@ -81,6 +81,7 @@ def test_it_learns_sizes(datalist, tmp_path):
     assert found["percent"] < 25  # as good as the mean would be about 50
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on_the_same(datalist, tmp_path):
     stage_of(datalist, tmp_path / "whole", epochs=2).run()
     stage = stage_of(datalist, tmp_path / "cut", epochs=2)

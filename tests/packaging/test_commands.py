@@ -401,7 +401,7 @@ def write_volumes(folder, num_classes, *, channels=1, spacing=(1.0, 1.0, 2.0), w
         start, stop = [4, 6 * number - 4, 2], [20, 6 * number + 2, 10]
         label[tuple(map(slice, start, stop))] = number
         boxes += [{"class": number, "start": [*start[:2], z], "stop": [*stop[:2], z + 1]} for z in range(2, 10)]
-    for index in range(26):
+    for index in range(34):
         images = [save(f"{index}_{i}.nii.gz", 50 * label + rng.normal(100, 5, shape)) for i in range(channels)]
         entry = {"image": images if channels > 1 else images[0], "label": save(f"{index}_label.nii.gz", label)}
         if weak:
@@ -411,9 +411,9 @@ def write_volumes(folder, num_classes, *, channels=1, spacing=(1.0, 1.0, 2.0), w
             entry["boxes"] = f"{folder.name}/{index}.json"
             entry["scribble"] = save(f"{index}_scribble.nii.gz", np.where(rng.random(shape) < 0.1, label, 4))
         entries.append(entry | {"patient": f"patient{index // 2 + 1:03d}"})
-    steering = entries[8:14]
-    datalist = {"training": entries[:8], "validation": steering, "guide": steering, "confirm": entries[14:20]}
-    datalist["test"] = entries[20:]
+    steering = entries[8:18]  # of five patients
+    datalist = {"training": entries[:8], "validation": steering, "guide": steering, "confirm": entries[18:28]}
+    datalist["test"] = entries[28:]
     folder.with_suffix(".json").write_text(json.dumps(datalist))
 
 
