@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import SlidingWindowInferer
 from monai.inferers.utils import _get_scan_interval
-from monai.utils import ensure_tuple_rep, fall_back_tuple
+from monai.utils import PytorchPadMode, ensure_tuple_rep, fall_back_tuple, look_up_option
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,7 +51,8 @@ class SlabInferer(SlidingWindowInferer):
 
         That is logits (1, C, *S) float16, or {"classes": (1, 1, *S) uint8, "probability": (1, 1, *S) float16}.
         """
-        if len(inputs) > 1 or inputs.shape[2:].numel() < self.large:
+        others = self.with_coord or not kwargs.keys().isdisjoint({"process_fn", "condition"})
+        if others or len(inputs) > 1 or inputs.shape[2:].numel() < self.large:
             return super().__call__(inputs, network, *args, **kwargs)
         slabs = self._slabs(plain(inputs), lambda windows: network(windows, *args, **kwargs))
         size = inputs.shape[2:]
@@ -75,7 +76,7 @@ class SlabInferer(SlidingWindowInferer):
         margins = [max(side - full, 0) for side, full in zip(roi, size, strict=True)]
         if any(margins):
             pad = [end for margin in reversed(margins) for end in (margin // 2, margin - margin // 2)]
-            image = F.pad(image, pad, mode=str(self.padding_mode.value), value=self.cval)
+            image = F.pad(image, pad, mode=look_up_option(self.padding_mode, PytorchPadMode), value=self.cval)
         inside = [slice(margin // 2, margin // 2 + side) for margin, side in zip(margins, size, strict=True)]
         full = image.shape[2:]
         windows = dense_patch_slices(

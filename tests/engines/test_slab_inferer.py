@@ -72,6 +72,22 @@ def test_channels_meta_data_and_further_arguments():
     assert found.meta["filename_or_obj"] == "a.nii"
 
 
+def test_what_is_asked_of_each_window_is_left_to_monai():
+    network, image = network_of(3), torch.randn(1, 1, 20, 8, 8)
+    places = []
+    inferer = SlabInferer((8, 8, 8), 2, large=1, with_coord=True, padding_mode="reflect")
+    found = inferer(image, lambda windows, slices: places.append(slices) or network(windows))
+    assert places and found.dtype == torch.float32
+
+
+def test_padding_is_that_of_monai():
+    network, image = network_of(3), torch.randn(1, 1, 20, 6, 7)
+    options = {"sw_batch_size": 2, "padding_mode": "reflect"}
+    expected = SlidingWindowInferer((8, 8, 8), **options)(image, network)
+    found = SlabInferer((8, 8, 8), whole=True, large=1, **options)(image, network)
+    torch.testing.assert_close(found.float(), expected - expected.amax(1, keepdim=True), rtol=1e-3, atol=1e-6)
+
+
 def test_large_logits_stay_finite_and_others_do_not():
     image = torch.randn(1, 1, 20, 8, 8)
     for value, finite in ((1e6, True), (float("inf"), False), (float("nan"), False)):

@@ -93,7 +93,8 @@ def test_wheel_contents(wheel):
     modules = {f"medconstraints/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     modules |= {f"medconstraints/{path.relative_to(ROOT).as_posix()}" for path in transforms.rglob("*.py")}
     assert modules <= set(names)
-    assert {"medconstraints/py.typed", "medconstraints/reports/page.html"} <= set(names)
+    parts = ("page.html", "viewer.html", "niivue/niivue.umd.js", "niivue/LICENSE")
+    assert {"medconstraints/py.typed", *(f"medconstraints/reports/{part}" for part in parts)} <= set(names)
     assert any(name.endswith("/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2, f"only the package and its .dist-info belong at the top of the wheel, found {tops}"
