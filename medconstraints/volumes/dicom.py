@@ -14,12 +14,12 @@ import SimpleITK as sitk
 from monai.utils import ensure_tuple
 
 from medconstraints.volumes.errors import VolumeError
-from medconstraints.volumes.itk_files import ItkFileReader, itk_affine, named_errors, read_itk
+from medconstraints.volumes.itk_files import ItkFileReader, named_errors, read_itk
 
 __all__ = ["DICOM_ENDINGS", "DicomReader", "files_of", "is_dicom", "read_series", "series_of"]
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-# Enhanced and converted CT, MR and PET: each of their frames has its place, which GDCM reads.
+# Enhanced and converted CT, MR and PET: each of their frames has its place.
 ENHANCED = frozenset(f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2.1", "2.2", "4.1", "4.4", "130", "128.1"))
 UNEVEN = 0.02  # share of the slices' distance by which one of them may differ; positions are stored as texts
 TILT_DEG = 0.5  # by which the stack may lean against its slices
@@ -27,7 +27,7 @@ TILT_DEG = 0.5  # by which the stack may lean against its slices
 
 @dataclass(frozen=True)
 class _Slice:
-    """What a file says of its slice; places are in LPS millimetres."""
+    """What a file says of its slice, or of a frame; places are in LPS millimetres."""
 
     path: Path
     position: npt.NDArray[np.float64]
@@ -108,28 +108,74 @@ def read_series(path: Path, uid: str | None = None) -> tuple[npt.NDArray[Any], n
     """
     files = files_of(path, uid)
     slices = [_slice(file) for file in files]
-    if len(files) == 1 and slices[0].frames > 1:  # several frames in one file have their geometry in it
-        image = read_itk(files[0])
-        return sitk.GetArrayFromImage(image).transpose(2, 1, 0), itk_affine(image)
-    slices.sort(key=lambda one: float(one.position @ _normal(one)))
+    framed = len(files) == 1 and slices[0].frames > 1
+    if framed:
+        slices = _frames(files[0])
+    order = sorted(range(len(slices)), key=lambda k: float(slices[k].position @ _normal(slices[k])))
+    slices = [slices[k] for k in order]
     first, last = slices[0], slices[-1]
     if len(slices) > 1:
         _check_stack(path.name, slices)
     elif not first.thickness_mm:
         raise VolumeError(f"{path.name}: is one slice without a thickness: its voxels have no size; give the series.")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(one.path) for one in slices])
-    if len({one.values for one in slices}) > 1:  # of several scales the type of the first slice's would cut the others
-        reader.SetOutputPixelType(sitk.sitkFloat64)
-    with named_errors(path):
-        image = reader.Execute()
+    scales = {one.values for one in slices}
+    if framed:
+        voxels = sitk.GetArrayFromImage(read_itk(files[0]))[order]
+        if len(scales) > 1:
+            voxels = _scaled(voxels, slices, order.index(0))
+    else:
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames([str(one.path) for one in slices])
+        if len(scales) > 1:  # the type of the first slice's would cut the others
+            reader.SetOutputPixelType(sitk.sitkFloat64)
+        with named_errors(path):
+            voxels = sitk.GetArrayFromImage(reader.Execute())
     affine = np.eye(4)
     affine[:3, :2] = first.axes * first.step_mm
     affine[:3, 2] = _normal(first) * first.thickness_mm
     if len(slices) > 1:
         affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
     affine[:3, 3] = first.position
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return voxels.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _frames(path: Path) -> list[_Slice]:
+    """What an enhanced file says of each of its frames, in their order; SimpleITK takes them for a stack in any case.
+
+    Raises:
+        VolumeError: a frame has no place, or pydicom is not installed.
+    """
+    try:
+        from pydicom import dcmread
+    except ImportError as error:
+        raise VolumeError(
+            f"{path.name}: holds several frames, whose places pydicom reads; run `pip install medconstraints[dicom]`, "
+            "or convert it to NIfTI."
+        ) from error
+    header = dcmread(path, stop_before_pixels=True)
+    shared = header.SharedFunctionalGroupsSequence[0]
+    frames = []
+    for number, own in enumerate(header.PerFrameFunctionalGroupsSequence, start=1):
+        place, turn, measures, scale = (
+            (own.get(f"{name}Sequence") or shared.get(f"{name}Sequence") or [{}])[0]
+            for name in ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")
+        )
+        given = [*place.get("ImagePositionPatient", ()), *turn.get("ImageOrientationPatient", ())]
+        given += measures.get("PixelSpacing", ())
+        if len(given) != 11:
+            raise VolumeError(f"{path.name}: frame {number} has no place in the scanner; convert it to NIfTI.")
+        position, axes, (down, across) = np.split(np.array(given, dtype=np.float64), (3, 9))
+        values = (str(scale.get("RescaleSlope", 1)), str(scale.get("RescaleIntercept", 0)), "")
+        grid = (header.Columns, header.Rows, round(across, 4), round(down, 4))
+        axes, step_mm = axes.reshape(2, 3).T, np.array([across, down])
+        frames.append(_Slice(Path(f"frame {number}"), position, axes, grid, step_mm, 0.0, 1, values))
+    return frames
+
+
+def _scaled(voxels: npt.NDArray[Any], frames: Sequence[_Slice], first: int) -> npt.NDArray[np.float64]:
+    """Frames (Z, Y, X) by their own slopes and intercepts; SimpleITK takes those of the file's first one for all."""
+    slope, intercept = np.array([one.values[:2] for one in frames], dtype=np.float64).T[..., None, None]
+    return (voxels - intercept[first]) / slope[first] * slope + intercept
 
 
 def _slice(path: Path) -> _Slice:

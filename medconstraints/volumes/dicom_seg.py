@@ -62,7 +62,7 @@ def save_dicom_seg(
 
     Args:
         mask: class numbers (X, Y, Z) on the voxels of the series, as `read_series` gives them.
-        image: folder of the series, or one slice.
+        image: folder of the series, or one file.
         path: file to write.
         affine: voxel index to RAS mm, (4, 4).
         classes: class number -> its name.
@@ -94,16 +94,18 @@ def save_dicom_seg(
     numbers = np.zeros(256, np.uint8)
     numbers[list(classes)] = range(1, len(classes) + 1)
     try:
-        slices = [dcmread(file) for file in files_of(image, series)]
+        slices = [dcmread(file, stop_before_pixels=True) for file in files_of(image, series)]
         for one in slices:
             for name in MAY_BE_EMPTY:
                 one.setdefault(name, None)
-        places = np.array([[float(value) for value in one.ImagePositionPatient] for one in slices]) * [-1, -1, 1]
+        frames = [frame for one in slices for frame in one.get("PerFrameFunctionalGroupsSequence", ())]
+        placed = [frame.PlanePositionSequence[0] for frame in frames] or slices
+        places = np.array([[float(value) for value in one.ImagePositionPatient] for one in placed]) * [-1, -1, 1]
         matrix = np.asarray(affine, dtype=np.float64)
         planes = np.linalg.solve(matrix[:3, :3], (places - matrix[:3, 3]).T)[2].round().astype(int)
         content = highdicom.seg.Segmentation(
             source_images=slices,
-            pixel_array=numbers[mask[..., planes]].transpose(2, 1, 0),  # planes, rows, columns
+            pixel_array=numbers[mask[..., planes].astype(np.uint8)].transpose(2, 1, 0),  # planes, rows, columns
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=segments,
             series_instance_uid=highdicom.UID(),

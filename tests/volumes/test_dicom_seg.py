@@ -45,7 +45,8 @@ def test_voxels_names_and_references(tmp_path, series):
     voxels, affine = read_series(series)
     mask = np.zeros(voxels.shape, np.uint8)
     mask[1:4, 2:3, 1:6], mask[5, 0, 7] = 1, 4
-    file = save_dicom_seg(mask, series, tmp_path / "a.dcm", affine=affine, classes={1: "knee", 4: "cyst"})
+    stored = mask.astype(np.float32)  # as MONAI's MapLabelValued leaves it
+    file = save_dicom_seg(stored, series, tmp_path / "a.dcm", affine=affine, classes={1: "knee", 4: "cyst"})
     seg = highdicom.seg.segread(file)
     assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["knee", "cyst"]
     found = places_of(seg)
