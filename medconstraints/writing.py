@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LEFT_BEHIND", "write_text", "write_whole"]
+__all__ = ["LEFT_BEHIND", "set_aside", "write_text", "write_whole"]
 
 LEFT_BEHIND = ".part_*"  # what a run that was killed while it wrote leaves
 
@@ -42,3 +42,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """The same for text in UTF-8; of file names that are none, what does not fit becomes a question mark."""
     return write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def set_aside(path: Path) -> bool:
+    """Rename a file of a former run to `<name>.old`: it must not look like one of this run. Returns if it was there."""
+    if not os.path.exists(path):  # false for a name that is too long, where Path.exists raises
+        return False
+    os.replace(path, path.with_name(f"{path.name}.old"))
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.facts import facts_path, mask_facts
 from medconstraints.volumes.grids import grid_of
 from medconstraints.volumes.masks import probabilities_path, save_mask, save_probabilities
-from medconstraints.writing import write_text
+from medconstraints.writing import set_aside, write_text
 
 __all__ = ["SaveMaskd"]
 
@@ -89,9 +88,8 @@ class SaveMaskd(MapTransform):
             classes = mask_facts(values, affine, classes=self.classes)
             notes = str(mask.meta.get("geometry_notes") or "")
             for beside in (probabilities_path(path), dicom_seg_path(path)) if path.exists() else ():
-                if beside.exists():  # of the mask that is replaced
-                    os.replace(beside, beside.with_name(f"{beside.name}.old"))
-            save_mask(values, file, path, affine=affine)
+                set_aside(beside)  # of the mask that is replaced
+            # The mask comes last: when the disk is full, the former one stays.
             if "probabilities" in data:
                 save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)
             if self.dicom_seg and (Path(file).is_dir() or Path(file).suffix.lower() in DICOM_ENDINGS):
@@ -101,6 +99,7 @@ class SaveMaskd(MapTransform):
                     save_dicom_seg(values, file, seg, affine=affine, classes=names, series=self.series)
                 except VolumeError as error:
                     notes = "; ".join(filter(None, [notes, str(error)]))
+            save_mask(values, file, path, affine=affine)
             content = {"classes": classes, **grid_of(values.shape, affine), "made_by": self.made_by, "notes": notes}
             if "image" in data:  # as the network saw it
                 content["intensities"] = intensities_of(np.asarray(data["image"][0].cpu()))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 from medconstraints.volumes.masks import probabilities_path
 
-__all__ = ["INFERENCE_REPORT", "volumes_for_inference"]
+__all__ = ["INFERENCE_REPORT", "RESULTS", "volumes_for_inference"]
 
 INFERENCE_REPORT = "inference.json"
 REPORTS = (INFERENCE_REPORT, "volumes.csv", "index.html", "index_pages", "settings.json")
+# What may stand there for a volume, by the name of its mask.
+RESULTS: tuple[Callable[[Path], Path], ...] = (Path, facts_path, probabilities_path, dicom_seg_path)
 LONGEST_NAME = 255  # bytes, of most file systems
 
 
@@ -72,12 +73,10 @@ def volumes_for_inference(
     wanted = [item for item in items if "mask" in item and "refused" not in item]
     if output is not None:
         _check_apart(source, wanted, output)
-        masks = [item["mask"] for item in wanted]
-        beside = [facts_path]
-        beside += [probabilities_path] if checks.flag("probabilities", probabilities) else []
-        beside += [dicom_seg_path] if checks.flag("dicom_seg", dicom_seg) else []
-        others = [path_of(Path(mask)).as_posix() for path_of in beside for mask in masks]
-        check_output_dir(output, [*masks, *others, *REPORTS], overwrite=overwrite or resume)
+        asked = (True, True, checks.flag("probabilities", probabilities), checks.flag("dicom_seg", dicom_seg))
+        written = [result for result, wish in zip(RESULTS, asked, strict=True) if wish]
+        names = [result(Path(item["mask"])).as_posix() for result in written for item in wanted]
+        check_output_dir(output, [*names, *REPORTS], overwrite=overwrite or resume)
         if resume:
             _keep(wanted, output, made_by)
     return items
@@ -141,21 +140,24 @@ def _paths(image: Any, number: int, source: Path) -> list[str]:
 
 
 def _name_masks(items: list[dict[str, Any]], postfix: str) -> None:
-    """The mask of each volume; volumes whose masks could not be told apart, or have no name, are refused."""
+    """The mask of each volume; volumes whose results could not be told apart, or have no name, are refused."""
     volumes = [item for item in items if "left_out" not in item]
+    users: dict[Path, list[str]] = {}
     for item in volumes:
         item["mask"] = mask_path(Path(item["name"]).parent, item["name"], postfix=postfix).as_posix()
-    used = Counter(item["mask"] for item in volumes)
+        for result in RESULTS:
+            users.setdefault(result(Path(item["mask"])), []).append(item["name"])
     for item in volumes:
-        if used[item["mask"]] > 1:
-            same = [other["name"] for other in volumes if other["mask"] == item["mask"]]
-            item["refused"] = f"{' and '.join(same)} would have one mask, {item['mask']}; rename one of them"
-        elif len(os.fsencode(probabilities_path(Path(item["mask"])).name)) > LONGEST_NAME:
+        files = [result(Path(item["mask"])) for result in RESULTS]
+        shared = next((file for file in files if len(users[file]) > 1), None)
+        if shared is not None:
+            item["refused"] = f"{' and '.join(users[shared])} would have one file, {shared}; rename one of them"
+        elif max(len(os.fsencode(file.name)) for file in files) > LONGEST_NAME:
             item["refused"] = f"the names of its results are longer than {LONGEST_NAME} bytes; give it a shorter one"
 
 
 def _check_apart(source: Path, items: list[dict[str, Any]], output_dir: Path) -> None:
-    """Masks must not land among the inputs: the next run would take them for volumes, or replace a volume."""
+    """Results must not land among the inputs: the next run would take them for volumes, or they replace a volume."""
     folder = output_dir.resolve()
     if source.is_dir() and folder == source.resolve():
         raise ValueError(
@@ -168,9 +170,10 @@ def _check_apart(source: Path, items: list[dict[str, Any]], output_dir: Path) ->
         for item in items
         for path in (item["image"] if isinstance(item["image"], list) else [item["image"]])
     }
-    lost = [item["mask"] for item in items if os.path.realpath(folder / item["mask"]) in inputs]
+    names = [result(Path(item["mask"])).as_posix() for result in RESULTS for item in items]
+    lost = [name for name in names if os.path.realpath(folder / name) in inputs]
     if lost:
         raise ValueError(
-            f"output_dir: the mask {lost[0]} would replace a volume of that name in {output_dir}; choose another "
+            f"output_dir: the file {lost[0]} would replace a volume of that name in {output_dir}; choose another "
             "folder."
         )

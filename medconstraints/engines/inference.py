@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +22,9 @@ from torch.utils.data import Subset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from medconstraints.checks import plain
-from medconstraints.data.inference_files import INFERENCE_REPORT
+from medconstraints.data.inference_files import INFERENCE_REPORT, RESULTS
 from medconstraints.data.output_folders import mask_path
-from medconstraints.volumes.dicom_seg import dicom_seg_path
-from medconstraints.volumes.facts import facts_path
-from medconstraints.volumes.masks import probabilities_path
-from medconstraints.writing import write_text
+from medconstraints.writing import set_aside, write_text
 
 __all__ = ["TolerantDataset", "TolerantEvaluator", "collate_or_failure"]
 
@@ -212,9 +208,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         logger.error("%s failed: %s", name, told["reason"])
         if self.output_dir is None:
             return
-        for former in (of(self.output_dir / mask) for of in (Path, facts_path, probabilities_path, dicom_seg_path)):
-            if os.path.exists(former):  # false for a name that is too long, where Path.exists raises
-                os.replace(former, former.with_name(former.name + ".old"))
+        for former in (result(self.output_dir / mask) for result in RESULTS):
+            if set_aside(former):
                 logger.warning("%s: its mask of a former run is now called %s.old", name, former.name)
 
     def _finish(self, engine: Engine) -> None:

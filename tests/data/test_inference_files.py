@@ -88,9 +88,17 @@ def test_volumes_that_would_have_one_mask_fail_and_the_others_do_not(folder, tmp
     (folder / f"{'n' * 248}.nii").write_bytes(b"x")
     items = volumes_for_inference(folder, output_dir=tmp_path / "out")
     refused = {item["name"]: item["refused"] for item in items if "refused" in item}
-    reason = "a.nii and a.nii.gz would have one mask, a_seg.nii.gz; rename one of them"
+    reason = "a.nii and a.nii.gz would have one file, a_seg.nii.gz; rename one of them"
     assert refused.pop("a.nii") == refused.pop("a.nii.gz") == reason
     assert list(refused.values()) == ["the names of its results are longer than 255 bytes; give it a shorter one"]
+
+
+def test_the_probabilities_of_one_volume_are_not_the_mask_of_another(folder):
+    (folder / "b_probabilities.nii").write_bytes(b"x")
+    items = volumes_for_inference(folder, output_dir=folder / "out", postfix="", probabilities=True)
+    refused = {item["name"]: item["refused"] for item in items if "refused" in item}
+    reason = "b.nii.gz and b_probabilities.nii would have one file, b_probabilities.nii.gz; rename one of them"
+    assert refused == {"b.nii.gz": reason, "b_probabilities.nii": reason}
 
 
 def test_masks_below_the_volumes_are_no_volumes(folder):
@@ -134,7 +142,7 @@ def test_a_mask_must_not_replace_what_a_link_points_to(folder, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "b.nii.gz").symlink_to(folder / "b.nii.gz")
     for options in ({"overwrite": True}, {"resume": True}):
-        with pytest.raises(ValueError, match=r"the mask b\.nii\.gz would replace a volume"):
+        with pytest.raises(ValueError, match=r"the file b\.nii\.gz would replace a volume"):
             volumes_for_inference(tmp_path / "links", output_dir=folder, postfix="", **options)
 
 
@@ -334,11 +342,14 @@ def test_a_mask_must_not_replace_a_volume(folder, datalist):
     (folder / "b_seg.nii.gz").write_bytes(b"a volume")
     path = datalist({"test": ["b.nii.gz", "b_seg.nii.gz"]})
     before = tree(folder)
-    message = r"output_dir: the mask b_seg\.nii\.gz would replace a volume of that name in .*; choose another folder"
+    message = r"output_dir: the file b_seg\.nii\.gz would replace a volume of that name in .*; choose another folder"
     with pytest.raises(ValueError, match=message):
         volumes_for_inference(path, output_dir=folder, overwrite=True)
     assert tree(folder) == before
     assert len(volumes_for_inference(path, output_dir=folder, postfix="organ")) == 2
+    (folder / "slice.dcm").write_bytes(b"a volume")
+    with pytest.raises(ValueError, match=r"the file slice\.dcm would replace a volume"):
+        volumes_for_inference(folder / "slice.dcm", output_dir=folder, postfix="", overwrite=True, dicom_seg=True)
 
 
 def test_mask_path(tmp_path):
