@@ -15,7 +15,7 @@ from monai.transforms import MapTransform
 from medconstraints import checks
 from medconstraints.data.output_folders import mask_path
 from medconstraints.data.training_cohort import intensities_of
-from medconstraints.volumes.dicom import DICOM_ENDINGS
+from medconstraints.volumes.dicom import is_dicom_volume
 from medconstraints.volumes.dicom_seg import dicom_seg_path, require_highdicom, save_dicom_seg
 from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.facts import facts_path, mask_facts
@@ -92,7 +92,7 @@ class SaveMaskd(MapTransform):
             # The mask comes last: when the disk is full, the former one stays.
             if "probabilities" in data:
                 save_probabilities(data["probabilities"], probabilities_path(path), affine=affine)
-            if self.dicom_seg and (Path(file).is_dir() or Path(file).suffix.lower() in DICOM_ENDINGS):
+            if self.dicom_seg and is_dicom_volume(Path(file)):
                 names = {part["value"]: name for name, part in classes.items()}
                 seg = dicom_seg_path(path)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from medconstraints import checks
 from medconstraints.data.datalist_sections import read_datalist
 from medconstraints.data.output_folders import check_output_dir, mask_path
+from medconstraints.volumes.dicom import is_dicom_volume
 from medconstraints.volumes.dicom_seg import dicom_seg_path
 from medconstraints.volumes.facts import facts_path, read_facts
 from medconstraints.volumes.files import VOLUME_ENDINGS, find_volumes, is_volume, volume_stem
 from medconstraints.volumes.masks import probabilities_path
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["INFERENCE_REPORT", "RESULTS", "volumes_for_inference"]
 
@@ -73,6 +77,10 @@ def volumes_for_inference(
     wanted = [item for item in items if "mask" in item and "refused" not in item]
     if output is not None:
         _check_apart(source, wanted, output)
+        images = [Path(item["image"] if isinstance(item["image"], str) else item["image"][0]) for item in wanted]
+        if dicom_seg and (others := [image.name for image in images if not is_dicom_volume(image)]):
+            told = "dicom_seg: %d of %d volumes, such as %s, are no DICOM, and get no DICOM Segmentation"
+            logger.warning(told, len(others), len(images), others[0])
         asked = (True, True, checks.flag("probabilities", probabilities), checks.flag("dicom_seg", dicom_seg))
         written = [result for result, wish in zip(RESULTS, asked, strict=True) if wish]
         names = [result(Path(item["mask"])).as_posix() for result in written for item in wanted]

@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 from medconstraints.volumes.errors import VolumeError
 from medconstraints.volumes.itk_files import ItkFileReader, named_errors, read_itk
 
-__all__ = ["DICOM_ENDINGS", "DicomReader", "files_of", "is_dicom", "read_series", "series_of"]
+__all__ = ["DICOM_ENDINGS", "DicomReader", "files_of", "is_dicom", "is_dicom_volume", "read_series", "series_of"]
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 # Enhanced and converted CT, MR and PET: each of their frames has its place.
@@ -41,6 +41,11 @@ class _Slice:
     @property
     def name(self) -> str:
         return self.path.name
+
+
+def is_dicom_volume(path: Path) -> bool:
+    """Whether this is a folder, or a DICOM file by its ending."""
+    return path.is_dir() or path.suffix.lower() in DICOM_ENDINGS
 
 
 def is_dicom(path: Path) -> bool:
@@ -147,11 +152,11 @@ def _frames(path: Path) -> list[_Slice]:
     """
     try:
         from pydicom import dcmread
-    except ImportError as error:
+    except ImportError:
         raise VolumeError(
             f"{path.name}: holds several frames, whose places pydicom reads; run `pip install medconstraints[dicom]`, "
             "or convert it to NIfTI."
-        ) from error
+        ) from None
     header = dcmread(path, stop_before_pixels=True)
     shared = header.SharedFunctionalGroupsSequence[0]
     frames = []
@@ -291,8 +296,7 @@ class DicomReader(ItkFileReader):
 
     def verify_suffix(self, filename: Sequence[Any] | Any) -> bool:
         """Whether these are folders, or DICOM files by their ending."""
-        paths = [Path(name) for name in ensure_tuple(filename)]
-        return all(path.is_dir() or path.suffix.lower() in DICOM_ENDINGS for path in paths)
+        return all(is_dicom_volume(Path(name)) for name in ensure_tuple(filename))
 
     def _volume(self, path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64], int, str]:
         voxels, affine = read_series(path, self.series)

@@ -42,8 +42,8 @@ def require_highdicom() -> Any:
     """
     try:
         import highdicom
-    except ImportError as error:
-        raise ImportError("dicom_seg: needs highdicom; run `pip install medconstraints[dicom]`.") from error
+    except ImportError:  # not the cause: of a command's error the innermost is told
+        raise ImportError("dicom_seg: needs highdicom; run `pip install medconstraints[dicom]`.") from None
     return highdicom
 
 

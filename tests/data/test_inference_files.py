@@ -93,6 +93,12 @@ def test_volumes_that_would_have_one_mask_fail_and_the_others_do_not(folder, tmp
     assert list(refused.values()) == ["the names of its results are longer than 255 bytes; give it a shorter one"]
 
 
+def test_volumes_that_get_no_segmentation_are_told(folder, tmp_path, caplog):
+    (folder / "z.dcm").write_bytes(b"x")
+    volumes_for_inference(folder, output_dir=tmp_path / "out", dicom_seg=True)
+    assert "dicom_seg: " in caplog.text and ", are no DICOM" in caplog.text and "z.dcm" not in caplog.text
+
+
 def test_the_probabilities_of_one_volume_are_not_the_mask_of_another(folder):
     (folder / "b_probabilities.nii").write_bytes(b"x")
     items = volumes_for_inference(folder, output_dir=folder / "out", postfix="", probabilities=True)
