@@ -20,7 +20,7 @@ __all__ = ["dicom_seg_path", "require_highdicom", "save_dicom_seg"]
 # What a file must have and may leave empty (type 2): studies without names often lack them.
 MAY_BE_EMPTY = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
-    *("AccessionNumber", "ReferringPhysicianName"),
+    *("AccessionNumber", "ReferringPhysicianName", "SliceThickness"),
 )
 
 
@@ -117,6 +117,9 @@ def save_dicom_seg(
             software_versions=__version__,
             device_serial_number="0",
         )
+        # highdicom copies them from the series, where they need not be the distance of the slices.
+        [measures] = content.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        measures.SliceThickness = measures.SpacingBetweenSlices = f"{np.linalg.norm(matrix[:3, 2]):.6g}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise VolumeError(f"{image.name}: cannot be written as DICOM Segmentation ({error}).") from error
     return write_whole(path, content.save_as)

@@ -55,6 +55,10 @@ def test_voxels_names_and_references(tmp_path, series):
         assert len(found[number]) == len(expected)
         apart = np.linalg.norm(found[number][:, None] - expected[None], axis=-1)
         assert apart.min(0).max() < 1e-3 and apart.min(1).max() < 1e-3
+    # A library that reads volumes goes by the distance that the file names; the series says 1 mm.
+    volume = seg.get_volume(combine_segments=True)
+    np.testing.assert_allclose(volume.spacing, np.linalg.norm(affine[:3, [2, 1, 0]], axis=0), rtol=1e-5)
+    assert (volume.array > 0).sum() == (mask > 0).sum()
     assert seg.StudyInstanceUID == "1.2" and seg.FrameOfReferenceUID == "1.2.9" and seg.PatientID == "P1"
     assert seg.SeriesInstanceUID != "1.2.3" and str(seg.PatientName) == "Secret^Name"
     assert not list(tmp_path.glob(".part*"))
