@@ -78,8 +78,12 @@ def probabilities_path(mask: Path) -> Path:
 def save_probabilities(shares: npt.NDArray[np.uint16], path: Path, *, affine: Any) -> Path:
     """Write the probabilities of all classes, in steps of 1/65535, which every reader of NIfTI turns into 0 to 1.
 
+    NIfTI has no float16, and float32 takes twice the space and compresses badly. Of classes that are less than a step
+    apart the mask tells which one was taken.
+
     Args:
-        shares: (C, X, Y, Z), the background first; the file has the classes along its fourth axis.
+        shares: (C, X, Y, Z), in the order of the network, the background first, whatever their values in the mask; the
+            file has the classes along its fourth axis.
         path: file to write, see `probabilities_path`.
         affine: voxel index to RAS mm, (4, 4).
 
