@@ -71,11 +71,9 @@ def test_page_of_results(study, results):
     assert "http:" not in text and "https:" not in text
     cells = {"0.800", "1.60", "undefined", "0.400 (0.566)", "1.60, 1 undefined", "no prediction case_002_seg.nii.gz"}
     assert cells <= {*page.text("td")} and "2 scored, 1 failed." in page.text("li")
-    assert page.text("button") == ["Volume", "State", "To look at"] + [
-        f"{structure} {measure}"
-        for structure in ("head", "tail")
-        for measure in ("Dice", "HD95 (mm)", "prediction (ml)", "reference (ml)")
-    ]
+    measures = ("Dice", "HD95 (mm)", "prediction (ml)", "reference (ml)")
+    columns = [f"{structure} {measure}" for structure in ("head", "tail") for measure in measures]
+    assert page.text("button") == ["Volume", "State", *columns, "To look at"]
     assert "Settings" not in text
     for part in ("tbody", "tfoot"):  # rows have equal columns
         rows = text.split(f"<{part}>")[1].split(f"</{part}>")[0].split("<tr>")[1:]

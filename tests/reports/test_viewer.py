@@ -108,7 +108,7 @@ def test_a_browser_sorts_the_table(tmp_path):
     rows = [Row(name, "done", cells=cell, flags=[HOSTILE]) for name, cell in cells.items()]
     file = write_page(tmp_path / "index.html", rows, title="Masks", columns=["organ (ml)"])
     orders = []
-    for script in ("", "buttons[0].click();", "buttons[0].click(); buttons[0].click();", "buttons[3].click();"):
+    for script in ("", "buttons[0].click();", "buttons[0].click(); buttons[0].click();", "buttons[2].click();"):
         page, told = browse(file, tmp_path, f"const buttons = document.querySelectorAll('th button'); {script}")
         assert told == [] and "<title>run" not in page
         orders.append("".join(re.findall(r'<th scope="row">(\w)</th>', page)))
